@@ -1,0 +1,1 @@
+"""Datasets: sequences of `Example`."""

@@ -1,0 +1,1 @@
+"""Held-out evaluation: rewards and witnesses, tables and picture grids."""

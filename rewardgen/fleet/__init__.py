@@ -1,0 +1,1 @@
+"""Where rollouts run: the pool contract and its implementations."""
