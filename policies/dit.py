@@ -1,0 +1,50 @@
+"""One evaluation of a FLUX.1 transformer over style, text, target and reference tokens.
+
+Shape suffixes: B batch, L target tokens, R reference tokens, P packed channels, T text tokens, D text width,
+S style tokens, H width of the DiT, Q pooled text width.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+
+def dit_velocity(
+    transformer: FluxTransformer2DModel,
+    *,
+    latents_BLP: Tensor,
+    references_BRP: Tensor,
+    style_BSH: Tensor,
+    text_BTD: Tensor,
+    pooled_BQ: Tensor,
+    t_B: Tensor,
+    guidance_B: Tensor,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Velocity of the target tokens [B, L, P], float32.
+
+    It walks diffusers' own modules instead of calling their `forward`, for two reasons: style tokens join the text
+    after `context_embedder`, and the sinusoid of the time stays in float32 where that `forward` would round
+    1000 t to the model's precision. Adapters and gradient checkpointing work as they do there.
+
+    Args:
+        references_BRP, style_BSH: may have no tokens (R = 0, S = 0).
+        t_B, guidance_B: un-multiplied, t in [0, 1]. The guidance is ignored by models without its embedding.
+        rotary: `pos_embed` of the ids of all tokens, in the order style, text, target, references.
+    """
+    dtype = transformer.x_embedder.weight.dtype
+    image = transformer.x_embedder(torch.cat([latents_BLP, references_BRP.to(latents_BLP)], dim=1).to(dtype))
+    text = transformer.context_embedder(text_BTD.to(dtype))
+    text = torch.cat([style_BSH.to(text.dtype), text], dim=1)
+    scalars = (t_B, guidance_B) if transformer.config.guidance_embeds else (t_B,)
+    embedding = transformer.time_text_embed(*(1000 * scalar.float() for scalar in scalars), pooled_BQ.to(dtype))
+    checkpointing = transformer.gradient_checkpointing and torch.is_grad_enabled()
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        if checkpointing:
+            text, image = transformer._gradient_checkpointing_func(block, image, text, embedding, rotary)
+        else:
+            text, image = block(image, text, embedding, rotary)
+    target = transformer.norm_out(image[:, : latents_BLP.shape[1]], embedding)
+    return transformer.proj_out(target).float()

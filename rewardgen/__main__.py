@@ -1,0 +1,5 @@
+"""`python -m rewardgen` is `rewardgen`."""
+
+from rewardgen.cli import main
+
+main()

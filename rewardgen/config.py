@@ -1,0 +1,296 @@
+"""Experiments: strict YAML -> typed, frozen configuration. Flavors and overrides are overlays on it.
+
+Loading reads the file, imports the plug-ins' modules and compares their signatures. It reads no weight, opens no data
+and contacts no host.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import to_json
+
+from rewardgen import plugins, strict_yaml
+from rewardgen.errors import ConfigError, UserError, nearest
+from rewardgen.evaluation.evaluate import EvaluationConfig
+from rewardgen.fleet.pool import FleetConfig
+from rewardgen.learner import OptimizerConfig
+from rewardgen.objective import ObjectiveConfig
+from rewardgen.report import ReportConfig
+from rewardgen.rollout import RolloutConfig
+from rewardgen.settings import Plugin, Settings
+from rewardgen.trainer import TrainConfig
+
+Fault = tuple[str, str]
+"""(dotted key path, message)."""
+
+DEFAULT_FLAVOR = "tiny"
+
+
+class DataConfig(Settings):
+    """The two datasets of a run."""
+
+    train: Plugin
+    """What the policy is trained on."""
+    held_out: Plugin
+    """What it is judged on; no example of it may occur in `train`."""
+
+
+class Experiment(Settings):
+    """Everything a run depends on. One file, one of its flavors, and the overrides."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Names the run's folder."""
+    seed: int = Field(default=0, ge=0)
+    """All randomness derives from it."""
+    policy: Plugin
+    """The model that is trained."""
+    data: DataConfig
+    rollout: RolloutConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    fleet: FleetConfig = Field(default_factory=FleetConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
+
+
+def flavors_of(path: Path) -> list[str]:
+    """The flavors an experiment file offers, in its order; empty where it has none. Raises ConfigError."""
+    raw, _ = strict_yaml.load_file(path)
+    return list(_flavors(raw, path))
+
+
+def load_experiment(path: Path, flavor: str | None = None, overrides: Sequence[str] = ()) -> Experiment:
+    """Read and check an experiment.
+
+    Args:
+        path: YAML file.
+        flavor: one of the file's `flavors`; None takes `tiny` where there is one, else the first.
+        overrides: `dotted.key=value` with the value in YAML, applied last.
+
+    Raises:
+        ConfigError: every fault found, one line each: key path, line in the file, nearest valid key.
+    """
+    raw, lines = strict_yaml.load_file(path)
+    flavors = _flavors(raw, path)
+    base = {key: value for key, value in raw.items() if key != "flavors"}
+    chosen = flavor or (DEFAULT_FLAVOR if DEFAULT_FLAVOR in flavors else next(iter(flavors), None))
+    if chosen is not None and chosen not in flavors:
+        guess = nearest(chosen, flavors) or f" There are: {', '.join(flavors) or 'none'}."
+        raise ConfigError(f"{path} has no flavor '{chosen}'.{guess}")
+    changes = _parse_overrides(overrides)
+    merged = overlay(overlay(base, flavors.get(chosen, {}) if chosen else {}), changes)
+    experiment, faults = _validate(merged)
+    faults += _check_plugins(merged)
+    if experiment is not None and not faults:
+        faults += list(_cross_checks(experiment))
+    if faults or experiment is None:
+        raise ConfigError(_message(path, chosen, faults, lines, changes))
+    return experiment
+
+
+def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge `top` over `base`, key by key and deeply; lists and values are replaced.
+
+    Where `top` names another plug-in (`use`) the arguments of the old one do not carry over; where it names another
+    `kind` nothing does.
+    """
+    merged = dict(copy.deepcopy(dict(base)))
+    if "kind" in top and "kind" in merged and top["kind"] != merged["kind"]:
+        merged = {}
+    if "use" in top and "use" in merged and top["use"] != merged["use"]:
+        merged.pop("args", None)
+    for key, value in top.items():
+        old = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[key] = overlay(old, value) if both and isinstance(old, Mapping) else copy.deepcopy(value)
+    return merged
+
+
+def plugins_in(experiment: Experiment) -> Iterator[tuple[str, plugins.Kind, Plugin]]:
+    """Every plug-in of an experiment with its key path and kind."""
+    for path, kind, value in _find_plugins(experiment.model_dump()):
+        yield path, kind, Plugin(use=value["use"], args=value["args"])
+
+
+def _flavors(raw: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    flavors = raw.get("flavors", {})
+    if not isinstance(flavors, dict):
+        raise ConfigError(f"{path}: flavors: must be a mapping from a name to what it changes")
+    for name, changes in flavors.items():
+        if changes is not None and not isinstance(changes, dict):
+            raise ConfigError(f"{path}: flavors.{name}: must be a mapping, not {strict_yaml.describe(changes)}")
+        if "flavors" in (changes or {}):
+            raise ConfigError(f"{path}: flavors.{name}.flavors: a flavor has no flavors")
+    return {name: changes or {} for name, changes in flavors.items()}
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, written = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"override '{text}': expected 'dotted.key=value', as in 'train.num_steps=20'")
+        if parts[0] == "flavors":
+            raise ConfigError(f"override '{text}': choose a flavor with --flavor")
+        value, _ = strict_yaml.load(written, f"override '{text}'")
+        place = changes
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"override '{text}': another override has given '{part}' a value of its own")
+        place[parts[-1]] = value
+    return changes
+
+
+def _validate(merged: Mapping[str, Any]) -> tuple[Experiment | None, list[Fault]]:
+    try:
+        # JSON's strict mode: no "3" for 3 and no true for 1, yet lists make tuples and strings make paths.
+        return Experiment.model_validate_json(to_json(merged, inf_nan_mode="constants"), strict=True), []
+    except ValidationError as error:
+        return None, [_fault(fault) for fault in error.errors(include_url=False)]
+    except UserError as error:
+        return None, [("", str(error))]
+
+
+def _fault(error: Any) -> Fault:
+    # The tags of unions are no keys of the file.
+    loc = [str(part) for part in error["loc"] if not re.search(r"[^\w\- .]", str(part))]
+    path = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        return path, f"unknown key.{_suggest(loc)}"
+    if error["type"] == "missing":
+        return path, "required key is missing"
+    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    value = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r}"
+    return path, message[:1].lower() + message[1:] + value
+
+
+def _suggest(loc: Sequence[str]) -> str:
+    *parents, key = loc
+    model: type[BaseModel] | None = Experiment
+    for part in parents:
+        model = _section(model, part) if model else None
+    siblings = list(model.model_fields) if model else []
+    close = nearest(key, siblings)
+    if close:
+        return close
+    elsewhere = [path for path in _all_keys(Experiment) if path.rpartition(".")[2] == key]
+    if elsewhere:
+        return f" Did you mean '{elsewhere[0]}'?"
+    return f" The keys here are: {', '.join(siblings)}." if siblings else ""
+
+
+def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The class behind a key: the annotation itself, or the one within `dict[str, X]`, `X | None`, `list[X]`."""
+    field = model.model_fields.get(key)
+    if field is None:
+        return model if key.isidentifier() or key.isdigit() else None
+    return next(_models(field.annotation), None)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _all_keys(annotation, f"{prefix}{name}.")
+
+
+def _find_plugins(tree: Mapping[str, Any]) -> Iterator[tuple[str, plugins.Kind, dict[str, Any]]]:
+    def inside(path: str) -> Iterator[tuple[str, Any]]:
+        node: Any = tree
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        yield from ((f"{path}.{key}", value) for key, value in (node.items() if isinstance(node, Mapping) else ()))
+
+    places: list[tuple[str, plugins.Kind, Any]] = [("policy", "policies", tree.get("policy"))]
+    places += [(path, "data", value) for path, value in inside("data")]
+    places += [(path, "rewards", value) for path, value in inside("objective.rewards")]
+    places += [(path, "rewards", value) for path, value in inside("evaluation.witnesses")]
+    for path, kind, value in places:
+        if isinstance(value, Mapping) and isinstance(value.get("use"), str):
+            args = value.get("args") or {}
+            if isinstance(args, Mapping):
+                yield path, kind, {"use": value["use"], "args": dict(args)}
+
+
+def _check_plugins(merged: Mapping[str, Any]) -> list[Fault]:
+    faults: list[Fault] = []
+    for path, kind, plugin in _find_plugins(merged):
+        try:
+            target = plugins.factory(plugins.resolve(kind, plugin["use"]))
+        except ConfigError as error:
+            faults.append((f"{path}.use", str(error)))
+        else:
+            faults += plugins.collect_args(target, plugin["args"], f"{path}.args")[1]
+    return faults
+
+
+def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
+    """What no single section can know."""
+    objective, num_steps = experiment.objective, experiment.train.num_steps
+    terms = {f"objective.rewards.{name}": term for name, term in objective.rewards.items()}
+    flow_matching = objective.flow_matching
+    if not any(term.weight for term in terms.values()) and not flow_matching.weight:
+        yield "objective", "nothing to train on: give flow_matching or a reward a weight above 0"
+    starts = {path: term.start_step for path, term in terms.items() if term.weight}
+    if flow_matching.weight:
+        starts["objective.flow_matching"] = flow_matching.start_step
+    for path, start in starts.items():
+        if start >= num_steps:
+            yield f"{path}.start_step", f"{start} is never reached: train.num_steps is {num_steps}"
+    for path, term in terms.items():
+        cls = plugins.resolve("rewards", term.use)
+        if not getattr(cls, "differentiable", False):
+            yield (
+                f"{path}.use",
+                f"'{term.use}' has no gradient, and rollout.window trains through the reward's gradient",
+            )
+    if set(objective.rewards) & set(experiment.evaluation.witnesses):
+        shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
+        yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"
+    if experiment.evaluation.grid_examples > experiment.evaluation.num_examples:
+        shown, drawn = experiment.evaluation.grid_examples, experiment.evaluation.num_examples
+        yield "evaluation.grid_examples", f"{shown} pictures cannot be shown of evaluation.num_examples = {drawn}"
+
+
+def _message(
+    path: Path, flavor: str | None, faults: Sequence[Fault], lines: strict_yaml.Lines, changes: Mapping[str, Any]
+) -> str:
+    where = f"{path} (flavor {flavor})" if flavor else str(path)
+    rows = []
+    for key, message in faults:
+        source = _origin(tuple(key.split(".")), flavor, lines, changes)
+        rows.append(f"{key}{f' ({source})' if source else ''}: {message}" if key else message)
+    if len(rows) == 1:
+        return f"{where}: {rows[0]}"
+    return "\n  ".join([f"{where}: {len(rows)} faults", *rows])
+
+
+def _origin(key: tuple[str, ...], flavor: str | None, lines: strict_yaml.Lines, changes: Mapping[str, Any]) -> str:
+    """`line N`, or `override`: where the key, or the nearest mapping around it, was written."""
+    node: Any = changes
+    for part in key:
+        node = node.get(part) if isinstance(node, Mapping) else None
+    if node is not None:
+        return "override"
+    for length in range(len(key), 0, -1):
+        line = lines.get(("flavors", flavor or "", *key[:length])) or lines.get(key[:length])
+        if line:
+            return f"line {line}"
+    return ""

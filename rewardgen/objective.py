@@ -1,0 +1,179 @@
+"""The objective: which terms a loss has, how scores become a loss, and when too many scores have failed.
+
+    L = w_fm * mean(flow matching) - sum_r w_r * mean(reward r)
+
+Each mean divides by the number of *valid* examples of the whole optimizer step, never of a micro-batch: a term is
+carried as a sum and a count until all micro-batches are in. Shape suffix: B batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from rewardgen.errors import CheckpointError, ConfigError, ScoringError
+from rewardgen.reward import Reward
+from rewardgen.settings import Plugin, Settings
+from rewardgen.types import Score
+
+FLOW_MATCHING = "flow_matching"
+
+
+class TermConfig(Plugin):
+    """One reward of the objective."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """The loss has `-weight * mean(reward)`. 0 leaves the reward out of training."""
+    start_step: int = Field(default=0, ge=0)
+    """First training step with this term. No rollout is drawn before the first term starts."""
+    max_failed_share: float | None = Field(default=None, ge=0, le=1)
+    """As the objective's, for this reward alone: 1 never stops, for rewards that seldom apply."""
+
+
+class FlowMatchingConfig(Settings):
+    """The flow-matching term on the targets of the data (USO's and UMO's L_pre)."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """0 trains on rewards alone."""
+    start_step: int = Field(default=0, ge=0)
+    """First training step with this term."""
+
+
+class ObjectiveConfig(Settings):
+    """The loss: flow matching plus rewards."""
+
+    flow_matching: FlowMatchingConfig = FlowMatchingConfig()
+    """The supervised part."""
+    rewards: dict[str, TermConfig] = Field(default_factory=dict)
+    """Rewards by a name of one's choice, which names them in every report."""
+    max_failed_share: float = Field(default=0.5, ge=0, le=1)
+    """The run stops when more than this share of a reward's latest scores failed or did not apply."""
+    failure_window: int = Field(default=64, ge=1)
+    """How many of the latest scores the share is taken over; nothing is judged before there are as many."""
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Self:
+        if FLOW_MATCHING in self.rewards:
+            raise ValueError(f"a reward cannot be called '{FLOW_MATCHING}'")
+        if not self.flow_matching.weight and not any(term.weight for term in self.rewards.values()):
+            raise ValueError("all weights are 0: nothing would be trained")
+        return self
+
+
+def check_differentiable(name: str, reward: type[Reward]) -> None:
+    """Refuse a reward without gradient where a gradient window needs one. Reads a class attribute, loads nothing.
+
+    Raises:
+        ConfigError: naming the reward's key.
+    """
+    if not reward.differentiable:
+        raise ConfigError(
+            f"objective.rewards.{name}: {reward.__name__} has no gradient, but the gradient window needs one;"
+            " use a differentiable reward, or move it to evaluation.witnesses"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TermSum:
+    """A term over some examples: the sum of its valid values, with or without a graph, and their number."""
+
+    total: Tensor
+    count: int
+
+
+def masked_sum(score: Score) -> TermSum:
+    """Sum the valid values of a score.
+
+    Invalid rows are left out by index, not multiplied by 0: 0 * NaN is NaN. Their value gets a gradient of exactly 0,
+    which a reward's own backward may still turn into NaN (the root of 0); the learner clears those pixels' rows.
+    """
+    chosen = score.value_B[score.valid_B]
+    return TermSum(total=chosen.sum(), count=int(chosen.numel()))
+
+
+class Objective:
+    """Composition of terms; holds the reward modules, frozen and in evaluation mode.
+
+    Args:
+        config: weights and starts.
+        rewards: one module for each name in `config.rewards`.
+
+    Raises:
+        ConfigError: names that do not match, or a reward that cannot give the gradient it has to.
+    """
+
+    def __init__(self, config: ObjectiveConfig, rewards: Mapping[str, Reward]) -> None:
+        if set(rewards) != set(config.rewards):
+            raise ConfigError(f"objective.rewards names {sorted(config.rewards)}, but {sorted(rewards)} were built")
+        for name, reward in rewards.items():
+            check_differentiable(name, type(reward))
+            reward.requires_grad_(False).eval()
+        self.config = config
+        self.rewards = dict(rewards)
+        self._failed = {name: deque[bool](maxlen=config.failure_window) for name in rewards}
+
+    def to(self, device: torch.device) -> Self:
+        """Move the reward modules."""
+        for reward in self.rewards.values():
+            reward.to(device)
+        return self
+
+    def weight(self, name: str, step: int) -> float:
+        """The weight of a term at a step: 0 before it starts."""
+        term = self.config.flow_matching if name == FLOW_MATCHING else self.config.rewards[name]
+        return term.weight if step >= term.start_step else 0.0
+
+    def active_rewards(self, step: int) -> tuple[str, ...]:
+        """Names of the rewards that take part at a step, in the order of the configuration."""
+        return tuple(name for name in self.config.rewards if self.weight(name, step) > 0)
+
+    def coefficient(self, name: str, step: int, count: int) -> float:
+        """What a term's sum is multiplied by in the loss, given its global number of valid examples.
+
+        `L = sum_k coefficient_k * sum_k`: plus weight / count for flow matching, minus weight / count for a reward,
+        0 for a term without a valid example.
+        """
+        sign = 1.0 if name == FLOW_MATCHING else -1.0
+        return sign * self.weight(name, step) / count if count else 0.0
+
+    def observe(self, name: str, valid_B: Tensor) -> None:
+        """Count failures of a reward.
+
+        Raises:
+            ScoringError: the share of failures among the latest scores is above the allowed one.
+        """
+        failed = self._failed[name]
+        failed.extend((~valid_B).tolist())
+        own = self.config.rewards[name].max_failed_share
+        allowed = self.config.max_failed_share if own is None else own
+        if len(failed) == failed.maxlen and sum(failed) > allowed * len(failed):
+            raise ScoringError(
+                f"reward '{name}': {sum(failed)} of its last {len(failed)} scores failed or did not apply, more than the"
+                f" allowed share of {allowed:g}; check the reward and its references,"
+                f" or raise objective.rewards.{name}.max_failed_share"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON."""
+        return {"failed": {name: [int(flag) for flag in flags] for name, flags in self._failed.items()}}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore `state()`.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to an objective with other rewards.
+        """
+        failed = state["failed"]
+        if set(failed) != set(self._failed):
+            raise CheckpointError(
+                f"the checkpoint was made with the rewards {sorted(failed)}, this run has {sorted(self._failed)}"
+            )
+        for name, flags in self._failed.items():
+            flags.clear()
+            flags.extend(bool(flag) for flag in failed[name])

@@ -1,0 +1,117 @@
+"""Where weights and data come from: strings in an experiment that name a bundled asset, a hub file or a local path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rewardgen.errors import CheckpointError, ConfigError, nearest
+
+ASSETS = Path(__file__).resolve().parent / "world" / "assets"
+"""The bundled tiny world: `world:NAME` is a file or folder below it."""
+
+_HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[\w.-]+(/[\w.-]+)*)")
+_HUB_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_ENDINGS = {".safetensors", ".json", ".jsonl", ".pt", ".pth", ".bin", ".ckpt", ".yaml", ".txt"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Something an experiment reads.
+
+    Args:
+        path: dotted path in the experiment.
+        text: as written there.
+        kind: `world` (bundled), `hub file` (`owner/name:file`), `hub repository` (`owner/name`) or `local`.
+        location: where it lies on this machine, None where it is not here (yet).
+    """
+
+    path: str
+    text: str
+    kind: Literal["world", "hub file", "hub repository", "local"]
+    location: Path | None
+
+
+def find_sources(args: Any, path: str) -> Iterator[Source]:
+    """Yield every source named in (nested) plug-in arguments. Contacts no host: the hub's cache is looked into."""
+    if isinstance(args, Mapping):
+        for key, value in args.items():
+            yield from find_sources(value, f"{path}.{key}")
+    elif isinstance(args, list | tuple):
+        for index, value in enumerate(args):
+            yield from find_sources(value, f"{path}.{index}")
+    elif isinstance(args, str):
+        source = _find(args, path)
+        if source is not None:
+            yield source
+
+
+def materialise(args: Any, path: str) -> Any:
+    """Replace `world:NAME` and `owner/name:file` by paths on this machine, fetching hub files that are not here.
+
+    Raises:
+        ConfigError: a bundled asset does not exist.
+        CheckpointError: a hub file cannot be had.
+    """
+    if isinstance(args, Mapping):
+        return {key: materialise(value, f"{path}.{key}") for key, value in args.items()}
+    if isinstance(args, list | tuple):
+        return [materialise(value, f"{path}.{index}") for index, value in enumerate(args)]
+    source = _find(args, path) if isinstance(args, str) else None
+    if source is None or source.kind in ("local", "hub repository"):
+        return args
+    if source.kind == "hub file" and source.location is None:
+        return str(_download(source))
+    require(source)
+    return str(source.location)
+
+
+def require(source: Source) -> None:
+    """Raise ConfigError for a bundled asset that is not there; other sources may still arrive."""
+    if source.kind == "world" and source.location is None:
+        name = source.text.removeprefix("world:")
+        there = [str(asset.relative_to(ASSETS)) for asset in ASSETS.rglob("*")] if ASSETS.is_dir() else []
+        raise ConfigError(
+            f"{source.path}: 'world:{name}' is not among the bundled assets in {ASSETS}.{nearest(name, there)}"
+            " `rewardgen world build` makes them."
+        )
+
+
+def _find(text: str, path: str) -> Source | None:
+    if text.startswith("world:"):
+        place = (ASSETS / text.removeprefix("world:")).resolve()
+        inside = place.is_relative_to(ASSETS) and place != ASSETS and place.exists()
+        return Source(path=path, text=text, kind="world", location=place if inside else None)
+    if (Path(text).suffix in _FILE_ENDINGS and ":" not in text) or text.startswith(("./", "../", "/", "~/")):
+        place = Path(text).expanduser()
+        return Source(path=path, text=text, kind="local", location=place if place.exists() else None)
+    if match := _HUB_FILE.fullmatch(text):
+        return Source(path=path, text=text, kind="hub file", location=_cached(match["repo"], match["file"]))
+    if _HUB_REPO.fullmatch(text):
+        if Path(text).exists():
+            return Source(path=path, text=text, kind="local", location=Path(text))
+        here = _cached(text, "model_index.json") or _cached(text, "config.json")
+        return Source(path=path, text=text, kind="hub repository", location=here.parent if here else None)
+    return None
+
+
+def _cached(repo: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, file)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _download(source: Source) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, file = source.text.partition(":")
+    try:
+        return Path(hf_hub_download(repo, file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{source.path}: '{source.text}' could not be fetched: {reason}") from error

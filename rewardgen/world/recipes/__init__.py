@@ -1,0 +1,1 @@
+"""How each bundled part of the tiny world is made."""

@@ -1,0 +1,138 @@
+"""Differentiable picture preprocessing that equals what PIL and torchvision do to picture files.
+
+Encoders such as CSD were trained on pictures resized by PIL. torch's own antialiased bicubic uses another kernel
+placement near borders, so the resize is written out: two products with small weight matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_FRACTION_BITS = 22
+"""PIL's 8-bit resize keeps its weights as integers with this many bits after the point."""
+
+
+def resize_centre_crop(pixels_B3HW: Tensor, size: int, *, round_8bit: bool = False) -> Tensor:
+    """Resize the short side to `size` and cut the central square: PIL bicubic with antialiasing (a = -0.5).
+
+    Sizes and offsets are those of torchvision's `Resize(size)` and `CenterCrop(size)` on PIL pictures.
+
+    Args:
+        pixels_B3HW: floating-point pictures in RGB and [0, 1]; half precision is computed and returned in float32.
+        size: side of the result in pixels.
+        round_8bit: the value becomes exactly PIL's for 8-bit pictures (the input is rounded to 256 levels, and so is
+            the result of each pass); the gradient stays that of the unrounded resize (straight-through). Without it
+            the result is PIL's for float pictures and may overshoot [0, 1] at edges.
+
+    Returns:
+        [B, 3, size, size].
+
+    Raises:
+        ValueError: not a batch of floating-point pictures.
+    """
+    if pixels_B3HW.ndim != 4 or not pixels_B3HW.is_floating_point():
+        raise ValueError(
+            f"expected floating-point pictures [B, 3, H, W], got {pixels_B3HW.dtype} {tuple(pixels_B3HW.shape)}"
+        )
+    pixels = pixels_B3HW if pixels_B3HW.dtype == torch.float64 else pixels_B3HW.float()
+    height, width = pixels.shape[-2:]
+    rows = _window(height, min(height, width), size)
+    columns = _window(width, min(height, width), size)
+    # Autocast would turn the two products into bfloat16, coarser than the 8 bits of a picture.
+    with torch.autocast(pixels.device.type, enabled=False):
+        across = _weights(*columns, size, pixels.dtype, pixels.device)
+        down = _weights(*rows, size, pixels.dtype, pixels.device)
+        smooth = down @ (pixels @ across.T)
+        if not round_8bit:
+            return smooth
+        rounded = _resize_8bit(pixels.detach(), rows, columns, size).to(smooth.dtype)
+    return straight_through(rounded, smooth)
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return (pixels - mean) / std per channel of [..., 3, H, W]."""
+    shape = (-1, 1, 1)
+    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+
+
+def clamp_straight_through(pixels: Tensor) -> Tensor:
+    """The value of `pixels.clamp(0, 1)` with the gradient of `pixels`.
+
+    A decoder overshoots wherever a picture is black or white; with a plain clamp those pixels would never again
+    receive a gradient.
+    """
+    return straight_through(pixels.detach().clamp(0, 1), pixels)
+
+
+def straight_through(value: Tensor, gradient_of: Tensor) -> Tensor:
+    """A tensor equal to `value`, bit for bit, whose gradient is that of `gradient_of` (both of one shape)."""
+    replaced: Tensor = _StraightThrough.apply(gradient_of, value)
+    return replaced
+
+
+class _StraightThrough(torch.autograd.Function):
+    # Not `x + (value - x).detach()`, which rounds twice and so is not quite `value`.
+    @staticmethod
+    def forward(_ctx: object, gradient_of: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(_ctx: object, *grad: Tensor) -> tuple[Tensor, None]:
+        return grad[0], None
+
+
+def _window(length: int, short: int, size: int) -> tuple[int, int, int]:
+    """Return (input length, resized length, first kept index) of one axis."""
+    resized = size if length == short else int(size * length / short)
+    return length, resized, round((resized - size) / 2)
+
+
+@lru_cache(maxsize=128)
+def _weights(
+    length: int, resized: int, first: int, kept: int, dtype: torch.dtype, device: torch.device, whole: bool = False
+) -> Tensor:
+    """Rows `first` to `first + kept` of PIL's resize as a matrix [kept, length]; `whole`: as PIL's integers.
+
+    When shrinking, the kernel is stretched by the scale, which is the antialiasing. Each row is normalised after the
+    part beyond the border was dropped.
+    """
+    # A matrix made in inference mode would be useless for gradients later.
+    with torch.inference_mode(False), torch.no_grad():
+        scale = length / resized
+        stretch = max(scale, 1.0)
+        centre = (torch.arange(first, first + kept, dtype=torch.float64) + 0.5) * scale
+        start = (centre - 2 * stretch + 0.5).long().clamp(min=0)
+        stop = (centre + 2 * stretch + 0.5).long().clamp(max=length)
+        index = torch.arange(length)
+        matrix = _bicubic((index + 0.5 - centre[:, None]) / stretch)
+        matrix *= (index >= start[:, None]) & (index < stop[:, None])
+        matrix /= matrix.sum(1, keepdim=True)
+        if whole:
+            scaled = matrix * 2.0**_FRACTION_BITS
+            matrix = torch.trunc(scaled + torch.copysign(torch.tensor(0.5, dtype=torch.float64), scaled))
+        return matrix.to(dtype=dtype, device=device)
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel with a = -0.5, PIL's choice."""
+    x = x.abs()
+    inner = (1.5 * x - 2.5) * x * x + 1
+    outer = -0.5 * (((x - 5) * x + 8) * x - 4)
+    return torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0))
+
+
+def _resize_8bit(pixels: Tensor, rows: tuple[int, int, int], columns: tuple[int, int, int], size: int) -> Tensor:
+    """PIL's integer arithmetic in float64, whose 53 bits hold its 32-bit sums exactly; levels / 255."""
+    levels = torch.round(pixels.double().clamp(0, 1) * 255)
+    across = _weights(*columns, size, torch.float64, pixels.device, whole=True)
+    down = _weights(*rows, size, torch.float64, pixels.device, whole=True)
+    levels = _to_level(levels @ across.T)
+    return _to_level(down @ levels) / 255
+
+
+def _to_level(sums: Tensor) -> Tensor:
+    return torch.floor(sums / 2.0**_FRACTION_BITS + 0.5).clamp(0, 255)
