@@ -1,4 +1,4 @@
-"""One evaluation of a FLUX.1 transformer over style, text, target and reference tokens.
+"""The velocity of a FLUX.1 transformer over style, text, target and reference tokens.
 
 Shape suffixes: B batch, L target tokens, R reference tokens, P packed channels, T text tokens, D text width,
 S style tokens, H width of the DiT, Q pooled text width.
@@ -6,9 +6,15 @@ S style tokens, H width of the DiT, Q pooled text width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
+
+from rewardgen.policies.conditions import Group
+from rewardgen.types import VelocityFn
 
 
 def dit_velocity(
@@ -48,3 +54,44 @@ def dit_velocity(
             text, image = block(image, text, embedding, rotary)
     target = transformer.norm_out(image[:, : latents_BLP.shape[1]], embedding)
     return transformer.proj_out(target).float()
+
+
+def grouped_velocity(
+    transformer: FluxTransformer2DModel,
+    groups: Sequence[Group],
+    guidance_B: Tensor,
+    token_ids: Callable[[Group, int], Tensor],
+) -> VelocityFn:
+    """`(latents_BLP, t_B) -> velocity_BLP` for a batch split into groups of equal layout.
+
+    Args:
+        groups: together they hold every example once.
+        token_ids: position ids [S + T + L + R, 3] of a group, given the number of target tokens L.
+    """
+    members = [torch.tensor(group.members, device=guidance_B.device) for group in groups]
+    order = torch.cat(members).argsort()
+
+    @cache  # the rotary factors do not change from step to step
+    def rotary(index: int, length: int) -> tuple[Tensor, Tensor]:
+        cosine, sine = transformer.pos_embed(token_ids(groups[index], length))
+        return cosine, sine
+
+    def velocity(latents_BLP: Tensor, t_B: Tensor) -> Tensor:
+        t_B = t_B.to(latents_BLP.device)
+        parts = [
+            dit_velocity(
+                transformer,
+                latents_BLP=latents_BLP[members[index]],
+                references_BRP=group.references_BRP,
+                style_BSH=group.style_BSH,
+                text_BTD=group.text_BTD,
+                pooled_BQ=group.pooled_BQ,
+                t_B=t_B[members[index]],
+                guidance_B=guidance_B[members[index]],
+                rotary=rotary(index, latents_BLP.shape[1]),
+            )
+            for index, group in enumerate(groups)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
+
+    return velocity

@@ -9,19 +9,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+CACHE_BYTES = 1 << 30
+
 
 def content_hash(image_3HW: Tensor) -> str:
     """A digest of a picture's values, shape and precision."""
     tensor = image_3HW.detach().to("cpu").contiguous()
     digest = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
-    digest.update(tensor.flatten().view(torch.uint8).numpy())
+    digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 class EncodingCache:
-    """Least recently used tensors are dropped first once all together exceed `max_bytes`. Tensors rest on the CPU."""
+    """Tensors by kind and key, at rest on the CPU. The least recently used go once all exceed `max_bytes`."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
         self._entries: OrderedDict[tuple[str, str], tuple[Tensor, ...]] = OrderedDict()
         self._bytes = 0

@@ -92,7 +92,9 @@ def to_official(entries: list[Entry], state: Mapping[str, Tensor]) -> dict[str, 
 
 def _with_bias(official: str, *names: str, swap: bool = False, pointwise: bool = False) -> Iterator[Entry]:
     for kind in ("weight", "bias"):
-        yield Entry(f"{official}.{kind}", tuple(f"{name}.{kind}" for name in names), swap, pointwise and kind == "weight")
+        yield Entry(
+            f"{official}.{kind}", tuple(f"{name}.{kind}" for name in names), swap, pointwise and kind == "weight"
+        )
 
 
 def flux_entries(depth: int, single_depth: int, guidance: bool) -> list[Entry]:

@@ -145,6 +145,15 @@ def export_transformer(model: FluxTransformer2DModel) -> dict[str, Tensor]:
     return to_official(_transformer_entries(model), plain_state(model))
 
 
+def save_transformer(model: FluxTransformer2DModel, folder: Path) -> Path:
+    """The base weights as a folder in diffusers' layout, without a LoRA that may be injected; returns the folder."""
+    with torch.device("meta"):
+        plain = FluxTransformer2DModel.from_config(model.config)
+    plain.load_state_dict(plain_state(model), assign=True)
+    plain.save_pretrained(folder)
+    return folder
+
+
 # -- autoencoder -------------------------------------------------------------------------------------------------
 
 
@@ -225,11 +234,18 @@ def lora_rank(tensors: Mapping[str, Tensor], source: str) -> int:
     return int(_need(tensors, "double_blocks.0.processor.qkv_lora1.down.weight", source).shape[0])
 
 
-def load_lora(transformer: FluxTransformer2DModel, path: Path) -> None:
-    """Put an official LoRA file into a transformer, injecting a LoRA of its rank where there is none yet."""
+def load_lora(transformer: FluxTransformer2DModel, path: Path, *, rank: int | None = None) -> None:
+    """Put an official LoRA file into a transformer, injecting a LoRA of its rank where there is none yet.
+
+    Raises:
+        CheckpointError: the file is not a LoRA for this transformer, or not of the `rank` that was asked for.
+    """
     source, tensors = str(path), read_tensors(path)
+    found = lora_rank(tensors, source)
+    if rank not in (None, found):
+        raise CheckpointError(f"{source}: a LoRA of rank {found}, but rank {rank} was asked for")
     if not has_lora(transformer):
-        add_lora(transformer, lora_rank(tensors, source))
+        add_lora(transformer, found)
     _load(transformer, _lora_entries(transformer), tensors, source)
 
 

@@ -6,11 +6,10 @@ tokens, P packed latent channels, V SigLIP tokens, D their width, H and W pixels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,70 +17,22 @@ from torch import Tensor, nn
 from rewardgen.errors import ConfigError, nearest
 from rewardgen.flow import schedule as times
 from rewardgen.policies import official
-from rewardgen.policies.dit import dit_velocity
-from rewardgen.policies.encodings import EncodingCache, content_hash
-from rewardgen.policies.packing import (
-    PATCH,
-    Grid,
-    PositionEncoding,
-    image_ids,
-    pack,
-    preprocess_reference,
-    to_pil,
-    to_signed,
-    unpack,
-)
-from rewardgen.policies.parts import FluxParts, load_parts, siglip_pixels
-from rewardgen.policies.projector import StyleProjector, select_levels
+from rewardgen.policies.conditions import Group, UsoCondition, group_by_layout
+from rewardgen.policies.dit import grouped_velocity
+from rewardgen.policies.encoders import FluxEncoder, vae_latents, vae_pixels
+from rewardgen.policies.packing import PATCH, Grid, PositionEncoding, image_ids, pack, unpack
+from rewardgen.policies.parts import FluxParts, load_parts
+from rewardgen.policies.projector import StyleProjector
 from rewardgen.policy import Mode, Policy
 from rewardgen.types import Condition, Example, VelocityFn
 
 Part = Literal["lora", "projector", "transformer"]
 Schedule = Literal["official", "token_count"]
+VaeEncode = Literal["mean", "sample"]
+BaseDtype = Literal["fp32", "bf16"]
 
 DEFAULT_RANK = 128
-CACHE_BYTES = 1 << 30
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reference:
-    """A content reference: packed latents [N, P] and its token grid."""
-
-    tokens_NP: Tensor
-    grid: Grid
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UsoCondition(Condition):
-    """Encoded examples, one entry per example, on the CPU and without graph.
-
-    Args:
-        text_B: T5 states, each [T, D].
-        pooled_B: CLIP pooled text, each [Q].
-        references_B: content references of each example.
-        styles_B: SigLIP levels of each example's style pictures, each [3, V, D].
-    """
-
-    text_B: tuple[Tensor, ...]
-    pooled_B: tuple[Tensor, ...]
-    references_B: tuple[tuple[Reference, ...], ...]
-    styles_B: tuple[tuple[Tensor, ...], ...]
-
-    def __len__(self) -> int:
-        return len(self.text_B)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Group:
-    """Examples whose tokens have the same layout and run through the DiT as one batch."""
-
-    members: Tensor
-    text_BTD: Tensor
-    pooled_BQ: Tensor
-    style_BSH: Tensor
-    references_BRP: Tensor
-    grids: tuple[Grid, ...]
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class UsoPolicy(Policy):
@@ -116,7 +67,7 @@ class UsoPolicy(Policy):
         schedule: Schedule = "official",
         sample_guidance: float = 4.0,
         train_guidance: float = 1.0,
-        vae_encode: Literal["mean", "sample"] = "mean",
+        vae_encode: VaeEncode = "mean",
         content_long_side: int = 512,
         max_text_tokens: int = 512,
         pe: PositionEncoding = "d",
@@ -124,21 +75,23 @@ class UsoPolicy(Policy):
         super().__init__()
         _check_choice("train", train, Part)
         _check_choice("schedule", [schedule], Schedule)
-        _check_choice("vae_encode", [vae_encode], Literal["mean", "sample"])
+        _check_choice("vae_encode", [vae_encode], VaeEncode)
         _check_choice("pe", [pe], PositionEncoding)
         if "projector" in train and projector is None:
             raise ConfigError("train names 'projector', but the policy has none")
-        self.transformer, self.vae = parts.transformer, parts.vae
-        self.text_encoder, self.tokenizer = parts.text_encoder, parts.tokenizer
-        self.text_encoder_2, self.tokenizer_2 = parts.text_encoder_2, parts.tokenizer_2
-        self.siglip, self.siglip_size = parts.siglip, parts.siglip_size
+        self.transformer, self.vae, self.siglip = parts.transformer, parts.vae, parts.siglip
+        self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
         self.projector = projector
         self.trained_parts = tuple(train)
         self.schedule, self.pe, self.vae_encode = schedule, pe, vae_encode
         self.sample_guidance, self.train_guidance = sample_guidance, train_guidance
-        self.content_long_side, self.max_text_tokens = content_long_side, max_text_tokens
         self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self._cache = EncodingCache(CACHE_BYTES)
+        self.encoder = FluxEncoder(
+            parts,
+            content_long_side=content_long_side,
+            max_text_tokens=max_text_tokens,
+            sample_posterior=vae_encode == "sample",
+        )
         self._check_sizes()
         if (lora_rank is not None or "lora" in train) and not official.has_lora(self.transformer):
             official.add_lora(self.transformer, lora_rank or DEFAULT_RANK)
@@ -155,12 +108,12 @@ class UsoPolicy(Policy):
         projector: str | None = None,
         lora_rank: int | None = None,
         style_tokens_per_level: int = 64,
-        base_dtype: Literal["fp32", "bf16"] = "fp32",
+        base_dtype: BaseDtype = "fp32",
         train: tuple[Part, ...] = ("lora",),
         schedule: Schedule = "official",
         sample_guidance: float = 4.0,
         train_guidance: float = 1.0,
-        vae_encode: Literal["mean", "sample"] = "mean",
+        vae_encode: VaeEncode = "mean",
         content_long_side: int = 512,
         max_text_tokens: int = 512,
         pe: PositionEncoding = "d",
@@ -242,7 +195,7 @@ class UsoPolicy(Policy):
         """Hold what is not trained in `dtype` and what is trained in float32."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-        self._cache.clear()
+        self.encoder.cache.clear()
 
     def train(self, mode: bool = True) -> Self:
         """Frozen parts stay in evaluation mode."""
@@ -271,20 +224,139 @@ class UsoPolicy(Policy):
     def encode(self, examples: Sequence[Example]) -> UsoCondition:
         """Encode prompts and references; what was encoded before comes from memory.
 
-        Each prompt and picture is encoded by itself: in a batch the last bits would depend on what else is in it,
-        and so on what happened to be remembered, and a resumed run could not repeat an uninterrupted one.
+        Identity references follow the content references: to the model they are the same (UMO on UNO).
 
         Raises:
-            ConfigError: style pictures without a SigLIP and a projector, or a picture that is too thin.
+            ConfigError: style pictures without a SigLIP, or a picture that is too thin.
         """
+        encoder, multiple = self.encoder, self.multiple
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            text = [self._cache.get("text", item.prompt, lambda p=item.prompt: self._encode_text(p)) for item in examples]
+            text = [encoder.text(item.prompt) for item in examples]
+            content = [item.content_refs + item.identity_refs for item in examples]
             return UsoCondition(
                 text_B=tuple(states for states, _ in text),
                 pooled_B=tuple(pooled for _, pooled in text),
-                references_B=tuple(
-                    tuple(self._reference(image) for image in (*item.content_refs, *item.identity_refs))
-                    for item in examples
-                ),
-                styles_B=tuple(tuple(self._style(image) for image in item.style_refs) for item in examples),
+                references_B=tuple(tuple(encoder.reference(image, multiple) for image in images) for images in content),
+                styles_B=tuple(tuple(encoder.style(image) for image in item.style_refs) for item in examples),
             )
+
+    def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
+        """Pictures in [0, 1] -> clean latents [B, L, P], float32, without gradient.
+
+        With `vae_encode` "sample" the posterior is drawn from with torch's global CPU generator.
+        """
+        self._grid((pixels_B3HW.shape[2], pixels_B3HW.shape[3]))
+        noise = "global" if self.vae_encode == "sample" else None
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return pack(vae_latents(self.vae, pixels_B3HW * 2 - 1, noise))
+
+    def decode(self, latents_BLC: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Clean latents -> pictures [B, 3, H, W], nominally in [0, 1] but not clamped, under the caller's gradients."""
+        with torch.autocast(self.device.type, enabled=False):
+            return (vae_pixels(self.vae, unpack(latents_BLC.float(), self._grid(image_size))) + 1) / 2
+
+    # -- sampling --
+
+    @property
+    def multiple(self) -> int:
+        """Pixels per token side: pictures must be multiples of it (16 in FLUX.1)."""
+        return PATCH * self.vae_factor
+
+    def _grid(self, image_size: tuple[int, int]) -> Grid:
+        height, width = image_size
+        if height < 1 or width < 1 or height % self.multiple or width % self.multiple:
+            raise ConfigError(f"image_size {height}x{width}: both sides must be multiples of {self.multiple}")
+        return height // self.multiple, width // self.multiple
+
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(L, P) for a picture of (height, width). Raises ConfigError unless both are multiples of `multiple`."""
+        rows, columns = self._grid(image_size)
+        return rows * columns, int(self.transformer.config.in_channels)
+
+    def sigmas(self, num_steps: int, image_size: tuple[int, int]) -> Tensor:
+        """Sampling times [num_steps + 1], float32, from 1 to 0."""
+        num_tokens, _ = self.latent_shape(image_size)
+        if self.schedule == "official":
+            return times.official_sigmas(num_steps, image_size)
+        return times.token_count_sigmas(num_steps, num_tokens)
+
+    def training_sigmas(self, image_size: tuple[int, int]) -> Tensor:
+        """The times from which the flow-matching loss draws, float32 [1000]."""
+        return times.training_sigmas(self.latent_shape(image_size)[0])
+
+    def velocity_fn(
+        self,
+        condition: Condition,
+        *,
+        mode: Mode,
+        image_size: tuple[int, int] | None = None,
+        guidance_B: Tensor | None = None,
+    ) -> VelocityFn:
+        """`(latents_BLP, t_B) -> velocity_BLP` for a condition; style tokens are made here, once.
+
+        Args:
+            image_size: (height, width) of the picture, which the position ids need. Without it the picture is square.
+            guidance_B: a guidance of its own for each sample, in place of the mode's.
+
+        Raises:
+            ConfigError: a token count that is no square, where `image_size` is not given.
+        """
+        if not isinstance(condition, UsoCondition):
+            raise TypeError(f"UsoPolicy needs the UsoCondition that it encoded, not a {type(condition).__name__}")
+        device = self.device
+        if guidance_B is None:
+            guidance = self.train_guidance if mode == "train" else self.sample_guidance
+            guidance_B = torch.full((len(condition),), guidance)
+        groups = group_by_layout(condition, self._style_tokens(condition), self.transformer.config.in_channels, device)
+
+        def token_ids(group: Group, length: int) -> Tensor:
+            target = _square(length) if image_size is None else self._grid(image_size)
+            text_ids = torch.zeros(group.style_BSH.shape[1] + group.text_BTD.shape[1], 3)
+            return torch.cat([text_ids, *image_ids(target, group.grids, self.pe)]).to(device)
+
+        return grouped_velocity(self.transformer, groups, guidance_B.to(device), token_ids)
+
+    def _style_tokens(self, condition: UsoCondition) -> list[Tensor]:
+        """Style tokens [S, H] of each example; the projector runs once over all style pictures of the batch."""
+        counts = [len(styles) for styles in condition.styles_B]
+        if not any(counts):
+            return [torch.zeros(0, self.transformer.inner_dim, device=self.device)] * len(counts)
+        if self.projector is None:
+            raise ConfigError("the condition has style pictures, but the policy has no `projector`")
+        weight = self.projector.high_projection.weight
+        tokens_SKH = self.projector(torch.stack([s for styles in condition.styles_B for s in styles]).to(weight))
+        return [tokens.flatten(0, 1) for tokens in tokens_SKH.split(counts)]
+
+    # -- weights --
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by their name in this module, in its order; a shared one appears once."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def save(self, folder: Path) -> Mapping[str, Path]:
+        """Write what is trained: `dit_lora.safetensors` and `projector.safetensors` under the official keys, and the
+        base weights as a diffusers folder `transformer/`."""
+        written: dict[str, Path] = {}
+        if "lora" in self.trained_parts:
+            tensors = official.export_lora(self.transformer)
+            written["lora"] = official.write_tensors(tensors, folder / "dit_lora.safetensors")
+        if "projector" in self.trained_parts and self.projector is not None:
+            tensors = official.export_projector(self.projector)
+            written["projector"] = official.write_tensors(tensors, folder / "projector.safetensors")
+        if "transformer" in self.trained_parts:
+            written["transformer"] = official.save_transformer(self.transformer, folder / "transformer")
+        return written
+
+
+def _square(num_tokens: int) -> Grid:
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise ConfigError(f"{num_tokens} tokens make no square picture: give `velocity_fn` its image_size")
+    return side, side
+
+
+def _check_choice(name: str, values: Sequence[str], choices: Any) -> None:
+    valid = get_args(choices)
+    for value in values:
+        if value not in valid:
+            raise ConfigError(f"{name}: '{value}' is not one of {', '.join(valid)}.{nearest(str(value), valid)}")

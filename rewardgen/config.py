@@ -7,20 +7,20 @@ and contacts no host.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
-from pydantic_core import to_json
 
 from rewardgen import plugins, strict_yaml
 from rewardgen.errors import ConfigError, UserError, nearest
 from rewardgen.evaluation.evaluate import EvaluationConfig
 from rewardgen.fleet.pool import FleetConfig
 from rewardgen.learner import OptimizerConfig
-from rewardgen.objective import ObjectiveConfig
+from rewardgen.objective import ObjectiveConfig, check_differentiable
 from rewardgen.report import ReportConfig
 from rewardgen.rollout import RolloutConfig
 from rewardgen.settings import Plugin, Settings
@@ -153,7 +153,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def _validate(merged: Mapping[str, Any]) -> tuple[Experiment | None, list[Fault]]:
     try:
         # JSON's strict mode: no "3" for 3 and no true for 1, yet lists make tuples and strings make paths.
-        return Experiment.model_validate_json(to_json(merged, inf_nan_mode="constants"), strict=True), []
+        return Experiment.model_validate_json(json.dumps(merged), strict=True), []
     except ValidationError as error:
         return None, [_fault(fault) for fault in error.errors(include_url=False)]
     except UserError as error:
@@ -244,23 +244,18 @@ def _check_plugins(merged: Mapping[str, Any]) -> list[Fault]:
 def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
     """What no single section can know."""
     objective, num_steps = experiment.objective, experiment.train.num_steps
-    terms = {f"objective.rewards.{name}": term for name, term in objective.rewards.items()}
     flow_matching = objective.flow_matching
-    if not any(term.weight for term in terms.values()) and not flow_matching.weight:
-        yield "objective", "nothing to train on: give flow_matching or a reward a weight above 0"
-    starts = {path: term.start_step for path, term in terms.items() if term.weight}
+    starts = {f"objective.rewards.{name}": term.start_step for name, term in objective.rewards.items() if term.weight}
     if flow_matching.weight:
         starts["objective.flow_matching"] = flow_matching.start_step
     for path, start in starts.items():
         if start >= num_steps:
-            yield f"{path}.start_step", f"{start} is never reached: train.num_steps is {num_steps}"
-    for path, term in terms.items():
-        cls = plugins.resolve("rewards", term.use)
-        if not getattr(cls, "differentiable", False):
-            yield (
-                f"{path}.use",
-                f"'{term.use}' has no gradient, and rollout.window trains through the reward's gradient",
-            )
+            yield f"{path}.start_step", f"step {start} is never reached: train.num_steps is {num_steps}"
+    for name, term in objective.rewards.items():
+        try:
+            check_differentiable(name, plugins.resolve("rewards", term.use))
+        except ConfigError as error:
+            yield "", str(error)
     if set(objective.rewards) & set(experiment.evaluation.witnesses):
         shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
         yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"

@@ -1,32 +1,254 @@
-"""The learner: gradients of one optimizer step, and the step.
+"""The learner: the gradient of one optimizer step, and the step.
 
-    L = w_fm * mean(L_fm) - sum_r w_r * mean(r(decode(clean_hat)))            (USO section 3: L_pre + lambda * L_SRL)
+    L = w_fm * mean(L_fm) - sum_r w_r * mean(r(decode(clean_hat)))        (USO section 3: L_pre + lambda * L_SRL)
 
 Shape suffixes: B batch, L latent tokens, C channels per token, H and W pixels.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
 from rewardgen.flow.window import WindowConfig, run_window
-from rewardgen.gradients import TermGradients, combine
-from rewardgen.objective import FLOW_MATCHING, Objective, TermSum, masked_sum
+from rewardgen.gradients import TermSums, cosines, differentiate, global_norm, norms, weighted_sum
+from rewardgen.measure import Clock
+from rewardgen.objective import FLOW_MATCHING, Objective, masked_sum
+from rewardgen.optimizer import Optimizer, OptimizerConfig
 from rewardgen.policy import Policy
 from rewardgen.reward import score
 from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
-from rewardgen.settings import Settings
 from rewardgen.types import Example, Rollout, StepReport
+
+__all__ = ["Learner", "MicroBatch", "OptimizerConfig"]
+
+_MERGED = "rewards"
+"""Key of the gradient of all rewards together. A reward of that name would be the only one, and mean the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """What one forward pass of each kind sees.
+
+    Args:
+        examples: for the flow-matching term, dropout applied; those without a target are left out and not counted.
+        seed_B: one seed per example, for its time and noise.
+        image_size: (height, width) in pixels of targets and drawn pictures.
+        rollout: a prefix drawn for the reward terms, None where no reward is active.
+    """
+
+    examples: Sequence[Example]
+    seed_B: Sequence[int]
+    image_size: tuple[int, int]
+    rollout: Rollout | None = None
+
+
+class Learner:
+    """Turns micro-batches into updates of the policy's trained parameters.
+
+    Args:
+        policy: the policy; its trained parameters are changed in place.
+        objective: the loss.
+        optimizer: AdamW's settings.
+        window: which steps of a rollout carry gradient.
+        precision: arithmetic of the policy's forward pass; parameters and optimizer keep their own dtype.
+        ema_decay: decay of the average of the weights, None for none.
+        max_nonfinite_steps: the run stops after so many non-finite gradients in a row.
+        term_grad_norms: report each reward's own gradient norm. With several rewards this costs one backward pass
+            through the policy for each; without it they share one, where the step is a single micro-batch.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        *,
+        optimizer: OptimizerConfig,
+        window: WindowConfig,
+        precision: Precision = "fp32",
+        ema_decay: float | None = None,
+        max_nonfinite_steps: int = 5,
+        term_grad_norms: bool = True,
+    ) -> None:
+        if not policy.trainable():
+            raise ConfigError("the policy trains nothing; name at least one of its parts in policy.args.train")
+        self.policy = policy
+        self.objective = objective
+        self.window = window
+        self.precision: Precision = precision
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.term_grad_norms = term_grad_norms
+        self.version = 0
+        self._parameters = list(policy.trainable().values())
+        self._optimizer = Optimizer(policy.trainable(), optimizer, ema_decay=ema_decay)
+        self._nonfinite_in_a_row = 0
+        self._skipped_steps = 0
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, step: int) -> StepReport:
+        """One optimizer step on all micro-batches together.
+
+        A step whose gradient is not finite, or in which no term has a valid example, changes nothing and is reported
+        as skipped.
+
+        Raises:
+            NonFiniteError: too many non-finite gradients in a row.
+            ScoringError: a reward failed too often, or broke its contract.
+        """
+        clock = Clock(device_of(self.policy))
+        sums = TermSums()
+        merge = len(micro_batches) == 1 and not self.term_grad_norms
+        for batch in micro_batches:
+            if self.objective.weight(FLOW_MATCHING, step) > 0:
+                with clock.phase("flow_matching"):
+                    self._flow_matching(batch, sums)
+            if batch.rollout is not None:
+                self._rewards(batch.rollout, batch.image_size, sums, step=step, merge=merge, clock=clock)
+
+        # L = sum_k c_k S_k and grad L = sum_k c_k grad S_k, with 1 / (valid examples of the whole step) in c_k.
+        coefficients = {name: self.objective.coefficient(name, step, count) for name, count in sums.counts.items()}
+        terms = {name: coefficients[name] * sums.values[name] for name, count in sums.counts.items() if count}
+        parts = {name: coefficients.get(name, 1.0) for name in sums.gradients}
+        with clock.phase("optimizer"):
+            gradient = weighted_sum(sums.gradients, parts) if sums.gradients else None
+            grad_norm = 0.0 if gradient is None else global_norm(gradient)
+            finite = math.isfinite(grad_norm) and all(map(math.isfinite, terms.values()))
+            grad_norms = norms(sums.gradients, parts)
+            applied = gradient is not None and finite
+            if gradient is not None and finite:
+                self._optimizer.update(gradient, grad_norm, step=step)
+        drawn_by = self.version
+        self._count(applied, finite, culprits=_not_finite(terms, grad_norms), step=step)
+        return StepReport(
+            step=step,
+            policy_version=drawn_by,
+            loss=sum(terms.values()),
+            terms=terms,
+            reward_means={n: sums.values[n] / c for n, c in sums.counts.items() if n != FLOW_MATCHING and c},
+            valid_counts=dict(sums.counts),
+            grad_norm=grad_norm,
+            grad_norms=grad_norms,
+            lr=self._optimizer.lr(step),
+            entry_step=next((b.rollout.trajectory.entry_step for b in micro_batches if b.rollout is not None), None),
+            skipped=not applied,
+            seconds_by_phase=clock.seconds_by_phase,
+            peak_memory_bytes=clock.peak_memory_bytes(),
+            metrics=cosines(sums.gradients, parts) if finite else {},
+        )
+
+    def _flow_matching(self, batch: MicroBatch, sums: TermSums) -> None:
+        """Add `sum_B |velocity(x_t, t) - (noise - clean)|^2` over the examples that have a target."""
+        chosen = [(example, seed) for example, seed in zip(batch.examples, batch.seed_B, strict=True) if _has_target(example)]
+        if not chosen:
+            sums.add(FLOW_MATCHING, torch.zeros(()), 0)
+            return
+        examples, seed_B = [example for example, _ in chosen], [seed for _, seed in chosen]
+        targets_B3HW = torch.stack([_target(example, batch.image_size) for example in examples])
+        clean_BLC = self.policy.encode_pixels(targets_B3HW.to(device_of(self.policy)))
+        t_B, noise_BLC = draw_times_and_noise(seed_B, clean_BLC, self.policy.training_sigmas(batch.image_size))
+        with torch.enable_grad():
+            velocity = velocity_fn(self.policy, self.policy.encode(examples), mode="train", precision=self.precision)
+            loss = flow_matching_loss(velocity, clean_BLC, noise_BLC, t_B).sum()
+        sums.add(FLOW_MATCHING, loss, len(examples))
+        sums.add_gradient(FLOW_MATCHING, differentiate(loss, self._parameters))
+
+    def _rewards(
+        self, rollout: Rollout, image_size: tuple[int, int], sums: TermSums, *, step: int, merge: bool, clock: Clock
+    ) -> None:
+        """Add `sum_B r(decode(clean_hat))` for each active reward r, over its valid examples.
+
+        Backpropagation goes in two legs that meet at the pixels: each reward's own, whose graph is freed before the
+        next reward is asked, and the policy's. At the pixels the rows of invalid examples are cleared, so that a NaN
+        made by a failed score ends there.
+        """
+        examples = rollout.examples
+        with torch.enable_grad(), clock.phase("window"):
+            condition = self.policy.encode(examples)
+            velocity = velocity_fn(self.policy, condition, mode="sample", precision=self.precision)
+            clean_BLC = run_window(velocity, rollout.trajectory, self.window, enable_grad=True)
+        with torch.enable_grad(), clock.phase("decode"):
+            pixels_B3HW = self.policy.decode(clean_BLC, image_size)
+        pixel_grads: dict[str, Tensor] = {}
+        with clock.phase("score"):
+            for name in self.objective.active_rewards(step):
+                seen_B3HW = pixels_B3HW.detach().to(torch.promote_types(pixels_B3HW.dtype, torch.float32))
+                seen_B3HW.requires_grad_()
+                result = score(self.objective.rewards[name], seen_B3HW, examples, enable_grad=True)
+                self.objective.observe(name, result.valid_B)
+                total, count = masked_sum(result)
+                sums.add(name, total, count)
+                if count:
+                    (grad_B3HW,) = torch.autograd.grad(total, seen_B3HW)
+                    valid_B = result.valid_B.to(grad_B3HW.device)
+                    pixel_grads[name] = grad_B3HW.where(valid_B[:, None, None, None], 0.0).to(pixels_B3HW.dtype)
+        if merge and len(pixel_grads) > 1:
+            scaled = [self.objective.coefficient(n, step, sums.counts[n]) * grad for n, grad in pixel_grads.items()]
+            pixel_grads = {_MERGED: torch.stack(scaled).sum(0)}
+        with clock.phase("backward"):
+            for left, (name, grad_B3HW) in zip(reversed(range(len(pixel_grads))), pixel_grads.items(), strict=True):
+                gradient = differentiate(pixels_B3HW, self._parameters, grad_B3HW, keep_graph=left > 0)
+                sums.add_gradient(name, gradient)
+
+    def _count(self, applied: bool, finite: bool, *, culprits: Iterable[str], step: int) -> None:
+        self.version += applied
+        self._skipped_steps += not applied
+        self._nonfinite_in_a_row = 0 if finite else self._nonfinite_in_a_row + 1
+        if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"step {step}: loss or gradient was not finite for {self._nonfinite_in_a_row} steps in a row,"
+                f" because of the term {' and '.join(culprits) or 'sum'}; lower optimizer.lr or that term's weight,"
+                " or train in fp32"
+            )
+
+    def publish(self) -> Weights:
+        """The trained weights and their version, for rollout workers. The tensors are the live ones, not copies."""
+        return Weights(version=self.version, tensors={n: p.detach() for n, p in self.policy.trainable().items()})
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """While the block lasts the policy has its averaged weights; without `ema_decay` its own."""
+        return self._optimizer.averaged()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a resumed run needs, as (tensors, JSON). Warm-up is a function of the step and needs nothing."""
+        counters = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "skipped_steps": self._skipped_steps}
+        return self._optimizer.state(), {"version": self.version, **counters, "objective": self.objective.state()}
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore `state()`.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another policy, optimizer or objective.
+        """
+        missing = {"version", "nonfinite_in_a_row", "skipped_steps", "objective"} - state.keys()
+        if missing:
+            raise CheckpointError(f"the checkpoint's state lacks {sorted(missing)}: it is not one of a training run")
+        self.objective.load_state(state["objective"])
+        self._optimizer.load_state(tensors)
+        self.version = int(state["version"])
+        self._nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
+        self._skipped_steps = int(state["skipped_steps"])
+
+
+def _has_target(example: Example) -> bool:
+    return example.target is not None
+
+
+def _target(example: Example, image_size: tuple[int, int]) -> Tensor:
+    target = example.target
+    if target is None or tuple(target.shape) != (3, *image_size):
+        shape = None if target is None else list(target.shape)
+        raise ConfigError(
+            f"example '{example.id}': its target has shape {shape}, but rollout.image_size asks for {[3, *image_size]}"
+        )
+    return target
+
+
+def _not_finite(*values: Mapping[str, float]) -> list[str]:
+    return sorted({name for mapping in values for name, value in mapping.items() if not math.isfinite(value)})

@@ -87,8 +87,10 @@ class _Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
+        batch, num_tokens, _ = tokens_BND.shape
         qkv = F.linear(tokens_BND, self.in_proj_weight, self.in_proj_bias)
-        q_BKNd, k_BKNd, v_BKNd = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = qkv.view(batch, num_tokens, 3, self.heads, -1)
+        q_BKNd, k_BKNd, v_BKNd = qkv.permute(2, 0, 3, 1, 4)
         mixed_BKNd = F.scaled_dot_product_attention(q_BKNd, k_BKNd, v_BKNd)
         mixed_BND: Tensor = self.out_proj(mixed_BKNd.transpose(1, 2).flatten(2))
         return mixed_BND

@@ -170,7 +170,7 @@ def load_csd(path: str | Path, *, heads: int | None = None) -> CsdModel:
 def _digest(picture: Tensor) -> bytes:
     content = picture.detach().cpu().contiguous()
     code = hashlib.blake2b(f"{content.dtype}{tuple(content.shape)}".encode(), digest_size=16)
-    code.update(content.view(torch.uint8).numpy())
+    code.update(content.view(torch.uint8).numpy().data)
     return code.digest()
 
 
@@ -205,7 +205,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         ) from error
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"CSD checkpoint {path} holds no tensors by name, neither at its top nor under 'model_state_dict'")
+        raise CheckpointError(
+            f"CSD checkpoint {path} holds no tensors by name, neither at its top nor under 'model_state_dict'"
+        )
     return dict(state)
 
 

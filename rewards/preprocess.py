@@ -70,7 +70,7 @@ def clamp_straight_through(pixels: Tensor) -> Tensor:
 
 def straight_through(value: Tensor, gradient_of: Tensor) -> Tensor:
     """A tensor equal to `value`, bit for bit, whose gradient is that of `gradient_of` (both of one shape)."""
-    replaced: Tensor = _StraightThrough.apply(gradient_of, value)
+    replaced: Tensor = _StraightThrough.apply(gradient_of, value)  # type: ignore[no-untyped-call]
     return replaced
 
 
@@ -108,9 +108,10 @@ def _weights(
         start = (centre - 2 * stretch + 0.5).long().clamp(min=0)
         stop = (centre + 2 * stretch + 0.5).long().clamp(max=length)
         index = torch.arange(length)
-        matrix = _bicubic((index + 0.5 - centre[:, None]) / stretch)
+        # The order of operations is PIL's too: a last bit can turn a tie between two of the 256 levels.
+        matrix = _bicubic((index - centre[:, None] + 0.5) * (1 / stretch))
         matrix *= (index >= start[:, None]) & (index < stop[:, None])
-        matrix /= matrix.sum(1, keepdim=True)
+        matrix *= 1 / matrix.cumsum(1)[:, -1:]
         if whole:
             scaled = matrix * 2.0**_FRACTION_BITS
             matrix = torch.trunc(scaled + torch.copysign(torch.tensor(0.5, dtype=torch.float64), scaled))

@@ -5,6 +5,7 @@ Every size and every case is read from the set itself, so that a set of other si
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 DEFAULT_SET = Path(__file__).parents[1] / "fixtures" / "dev"
+FOLDER = pytest.StashKey[Path]()
 ERRORS = pytest.StashKey[dict[str, float]]()
 
 
@@ -43,12 +45,21 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 def set_of(config: pytest.Config) -> FixtureSet:
     """The set chosen on the command line; for `pytest_generate_tests`, which runs before any fixture."""
-    # Without a default this raises in a run of the whole suite, which reads this file only after the command line.
-    return FixtureSet(Path(config.getoption("--fixtures", default=None) or DEFAULT_SET))
+    return FixtureSet(config.stash.get(FOLDER, DEFAULT_SET))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fixtures", metavar="DIR", help="folder of a golden fixture set (default: tests/fixtures/dev)")
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Read `--fixtures DIR`. pytest has a flag of that name, which lists its fixtures; followed by a folder it is ours."""
+    given = [str(argument) for argument in config.invocation_params.args]
+    folder = next((after for flag, after in itertools.pairwise(given) if flag == "--fixtures"), "-")
+    if folder.startswith("-"):
+        return
+    if not (Path(folder) / "config.json").is_file():
+        raise pytest.UsageError(f"--fixtures {folder}: no golden fixture set there (it has no config.json)")
+    config.stash[FOLDER] = Path(folder)
+    config.option.showfixtures = False
+    config.args.remove(folder)  # pytest took it for a path to collect
 
 
 @pytest.fixture(scope="session")

@@ -7,59 +7,62 @@ Pre-training (transformer and projector), then USO's stage 1 (projector only, fr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, SiglipVisionModel, T5EncoderModel
 
 from rewardgen.flow.loss import flow_matching_loss
+from rewardgen.flow.schedule import shift_times
+from rewardgen.policies import official
 from rewardgen.policies.parts import FluxParts
 from rewardgen.policies.projector import StyleProjector
 from rewardgen.policies.uso import UsoPolicy
 from rewardgen.types import Example
 from rewardgen.world.dataset import TinyWorld
 from rewardgen.world.recipes.training import Recipe, cosine
+from rewardgen.world.recipes.vae import load as load_vae
 from rewardgen.world.scenes import SIDE
 
-PRETRAIN = Recipe(name="base", version="1", steps=7000, batch=16, lr=1.5e-3, seed=505)
+PRETRAIN = Recipe(name="pretrain", version="1", steps=7000, batch=16, lr=1.5e-3, seed=505)
 STAGE_1 = Recipe(name="stage1", version="1", steps=200, batch=16, lr=5e-4, seed=506)
 STAGE_2 = Recipe(name="stage2", version="1", steps=400, batch=16, lr=1e-3, seed=507)
+TRIPLETS = 6000
+PRETRAIN_MU = 1.0
+"""Pre-training times lean towards noise, where everything must come from the conditions."""
 WIDTH, HEADS, AXES, STYLE_TOKENS, LORA_RANK = 128, 4, (8, 12, 12), 8, 16
+MAX_WORDS = 16
 GRID = SIDE // 8
 
 
 def transformer() -> FluxTransformer2DModel:
-    """2.4 M parameters; gates and output start at zero as in DiT, one head a block starts looking at the reference."""
+    """2.4 M parameters; the output starts at zero as in DiT, one head of each block starts looking at the reference."""
+    torch.manual_seed(PRETRAIN.seed)
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=32, num_layers=2, num_single_layers=4, attention_head_dim=WIDTH // HEADS,
         num_attention_heads=HEADS, joint_attention_dim=48, pooled_projection_dim=32, guidance_embeds=True,
         axes_dims_rope=AXES,
     )  # fmt: skip
     with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and ".norm" in name and name.endswith("linear"):
-                module.weight.mul_(0.1)
-                module.bias.zero_()
         for linear in (model.norm_out.linear, model.proj_out):
             linear.weight.zero_()
             linear.bias.zero_()
-        for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
-            look_at_reference(block.attn)
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        look_at_reference(block.attn)
     return model
 
 
-@torch.no_grad()
 def look_at_reference(attention: nn.Module, shift: int = GRID) -> None:
     """Let head 0 start by attending from a target token to the reference token of the same place.
 
-    Reference ids begin where the target's end, so that is a constant shift of (`shift`, `shift`). A key bias k and
-    a query bias rotated by the shift make the attention logit peak there. Training may unlearn it; without it,
+    Reference ids begin where the target's end, so that is a constant shift of (`shift`, `shift`). A key bias and a
+    query bias rotated by the shift make the attention logit peak there. Training may unlearn it; without it,
     finding the reference takes most of a small budget.
     """
-    size = sum(AXES)
-    start = AXES[0]
+    size, start = sum(AXES), AXES[0]
     query, key = torch.zeros(size), torch.zeros(size)
     for width in AXES[1:]:
         for pair in range(2):
@@ -68,40 +71,137 @@ def look_at_reference(attention: nn.Module, shift: int = GRID) -> None:
             key[at] = 1.0
             query[at], query[at + 1] = angle.cos(), angle.sin()
         start += width
-    for linear, bias in ((attention.to_q, query), (attention.to_k, key)):
-        linear.weight[:size].mul_(0.2)
-        linear.bias[:size] = bias
-    for norm in (attention.norm_q, attention.norm_k):
-        norm.weight.mul_(1.5)
+    with torch.no_grad():
+        for linear, bias in ((attention.to_q, query), (attention.to_k, key)):
+            linear.weight[:size].mul_(0.2)
+            linear.bias[:size] = bias
+        for norm in (attention.norm_q, attention.norm_k):
+            norm.weight.mul_(1.5)
+
+
+def parts(folder: Path, model: FluxTransformer2DModel) -> FluxParts:
+    """The transformer with the world's frozen encoders from `folder`."""
+    base = folder / "base"
+    return FluxParts(
+        transformer=model,
+        vae=load_vae(folder),
+        text_encoder=CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(base / "tokenizer"),
+        text_encoder_2=T5EncoderModel.from_pretrained(base / "text_encoder_2", dtype=torch.float32).eval(),
+        tokenizer_2=AutoTokenizer.from_pretrained(base / "tokenizer_2"),
+        siglip=SiglipVisionModel.from_pretrained(folder / "siglip", dtype=torch.float32).eval(),
+    )
 
 
 def train_stage(
-    policy: UsoPolicy, world: TinyWorld, recipe: Recipe, *, drop: tuple[float, float, float], steps: int
+    policy: UsoPolicy,
+    world: TinyWorld,
+    latents_NLC: Tensor,
+    recipe: Recipe,
+    times_N: Tensor,
+    *,
+    drop: tuple[float, float, float],
+    steps: int,
 ) -> None:
-    """Flow matching on the world's triplets; `drop` are the shares without prompt, content and style."""
+    """Flow matching on the world's triplets, ending at a moving average of the weights.
+
+    Args:
+        latents_NLC: the targets of all triplets.
+        times_N: grid from which times are drawn.
+        drop: share of examples without prompt, and of batches without content and without style.
+    """
+    policy.train()
     parameters = list(policy.trainable().values())
-    averages = [p.detach().clone() for p in parameters]
+    averages = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.01, betas=(0.9, 0.99))
     began, recent = time.perf_counter(), 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * cosine(step, steps, min(200, steps // 10 + 1))
         rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        index = torch.randint(len(world), (recipe.batch,), generator=rng).tolist()
-        value = stage_loss(policy, [world[i] for i in index], drop, rng)
-        value.backward()
+        index_B = torch.randint(len(world), (recipe.batch,), generator=rng)
+        examples = dropped([world[i] for i in index_B.tolist()], drop, rng)
+        clean_BLC = latents_NLC[index_B]
+        noise_BLC = torch.randn(clean_BLC.shape, generator=rng)
+        t_B = times_N[torch.randint(times_N.numel(), (recipe.batch,), generator=rng)]
+        velocity = policy.velocity_fn(policy.encode(examples), mode="train")
+        loss = flow_matching_loss(velocity, clean_BLC, noise_BLC, t_B).mean()
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         keep = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - keep)
-        recent += float(value.detach())
+        torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - keep)
+        recent += float(loss.detach())
         if step % 100 == 99:
-            print(
-                f"{recipe.name}: {step + 1}/{steps} loss {recent / 100:.4f} {time.perf_counter() - began:.0f}s",
-                flush=True,
-            )
+            print(f"{recipe.name}: {step + 1}/{steps} loss {recent / 100:.4f} {time.perf_counter() - began:.0f}s", flush=True)
             recent = 0.0
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):
             parameter.copy_(average)
+    policy.eval()
+
+
+def dropped(examples: list[Example], drop: tuple[float, float, float], rng: torch.Generator) -> list[Example]:
+    """Leave out prompts per example, content and style references per batch (so that a batch keeps one layout)."""
+    without_prompt = (torch.rand(len(examples), generator=rng) < drop[0]).tolist()
+    chance = float(torch.rand((), generator=rng))
+    content, style = chance < drop[1], drop[1] <= chance < drop[1] + drop[2]
+    return [
+        replace(
+            example,
+            prompt="" if silent else example.prompt,
+            content_refs=() if content else example.content_refs,
+            style_refs=() if style else example.style_refs,
+        )
+        for example, silent in zip(examples, without_prompt, strict=True)
+    ]
+
+
+def build(folder: Path, steps_factor: float) -> dict[str, float]:
+    """Pre-training, stage 1, stage 2; writes the transformer as a diffusers folder and USO's two files."""
+    world = TinyWorld("train", max(64, round(TRIPLETS * min(1.0, steps_factor))), seed=1)
+    projector = StyleProjector(
+        num_tokens=64, token_dim=48, tokens_per_level=STYLE_TOKENS, hidden_size=WIDTH
+    )
+    loaded = parts(folder, transformer())
+
+    def policy(*train: str) -> UsoPolicy:
+        rank = LORA_RANK if "lora" in train else None
+        return UsoPolicy(
+            loaded, projector, train=train, lora_rank=rank, content_long_side=SIDE, max_text_tokens=MAX_WORDS
+        )
+
+    pretrained = policy("transformer", "projector")
+    latents = torch.cat(
+        [
+            pretrained.encode_pixels(torch.stack([world[j].target for j in range(i, min(i + 32, len(world)))]))
+            for i in range(0, len(world), 32)
+        ]
+    )
+    times = pretrained.training_sigmas((SIDE, SIDE))
+    noisy = shift_times(torch.linspace(1, 0.001, 1000), PRETRAIN_MU)
+    scaled = [recipe.scaled(steps_factor) for recipe in (PRETRAIN, STAGE_1, STAGE_2)]
+    train_stage(pretrained, world, latents, PRETRAIN, noisy, drop=(0.3, 0.08, 0.04), steps=scaled[0])
+    loaded.transformer.to(torch.float16).save_pretrained(folder / "base" / "transformer")
+    loaded.transformer.to(torch.float32)  # what follows trains on exactly what was saved
+    train_stage(policy("projector"), world, latents, STAGE_1, times, drop=(0.1, 1.0, 0.0), steps=scaled[1])
+    stage_2 = policy("lora")
+    train_stage(stage_2, world, latents, STAGE_2, times, drop=(0.1, 0.0, 0.0), steps=scaled[2])
+    (folder / "uso").mkdir(exist_ok=True)
+    official.write_tensors(official.export_projector(projector), folder / "uso" / "projector.safetensors")
+    official.write_tensors(official.export_lora(loaded.transformer), folder / "uso" / "dit_lora.safetensors")
+    FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(folder / "base" / "scheduler")
+    return {"held_out_loss": held_out_loss(stage_2)}
+
+
+def held_out_loss(policy: UsoPolicy, n: int = 128) -> float:
+    """Flow-matching loss on held-out triplets at fixed times and noise."""
+    world = TinyWorld("held_out", n, seed=1)
+    examples = [world[i] for i in range(n)]
+    rng = torch.Generator().manual_seed(0)
+    clean = policy.encode_pixels(torch.stack([e.target for e in examples if e.target is not None]))
+    noise, t = torch.randn(clean.shape, generator=rng), torch.rand(n, generator=rng)
+    with torch.no_grad():
+        velocity = policy.velocity_fn(policy.encode(examples), mode="train")
+        return float(flow_matching_loss(velocity, clean, noise, t).mean())

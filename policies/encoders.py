@@ -1,0 +1,113 @@
+"""The frozen encoders of a FLUX.1 policy, each for one prompt or one batch of equal pictures. None is decorated:
+the caller decides about gradients.
+
+Shape suffixes: B batch, H and W pixels, T text tokens, D text width, Q pooled width, V SigLIP tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from transformers import SiglipVisionModel
+
+from rewardgen.errors import ConfigError
+from rewardgen.policies.conditions import Reference
+from rewardgen.policies.encodings import EncodingCache, content_hash
+from rewardgen.policies.packing import PATCH, pack, preprocess_reference, to_pil, to_signed
+from rewardgen.policies.parts import FluxParts, siglip_pixels
+from rewardgen.policies.projector import select_levels
+
+
+def encode_text(parts: FluxParts, prompt: str, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """T5 states [T, D] and CLIP's pooled output [Q]; T5's padding takes part in attention, as in the release."""
+    device = parts.text_encoder.device
+    clip_length = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)
+
+    def token_ids(tokenizer: object, length: int) -> Tensor:
+        batch = tokenizer(  # type: ignore[operator]
+            [prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return batch["input_ids"].to(device)  # type: ignore[no-any-return]
+
+    pooled = parts.text_encoder(token_ids(parts.tokenizer, clip_length)).pooler_output
+    states = parts.text_encoder_2(token_ids(parts.tokenizer_2, max_tokens)).last_hidden_state
+    return states[0], pooled[0]
+
+
+def vae_latents(vae: AutoencoderKL, signed_B3HW: Tensor, noise: torch.Generator | str | None = None) -> Tensor:
+    """Pictures in [-1, 1] -> scaled latents [B, C, H/f, W/f], float32.
+
+    Args:
+        noise: None takes the posterior's mean; a generator, or "global" for torch's own, draws from the posterior
+            (on the CPU, so that the draw does not depend on the device).
+    """
+    posterior = vae.encode(signed_B3HW.to(device=vae.device, dtype=vae.dtype)).latent_dist
+    latents = posterior.mean.float()
+    if noise is not None:
+        generator = None if isinstance(noise, str) else noise
+        draw = torch.randn(latents.shape, generator=generator).to(latents)
+        latents = latents + posterior.std.float() * draw
+    return vae.config.scaling_factor * (latents - vae.config.shift_factor)  # type: ignore[no-any-return]
+
+
+def vae_pixels(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
+    """Scaled latents -> pictures [B, 3, H, W], nominally in [-1, 1], float32."""
+    latents = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(vae.dtype)).sample.float()  # type: ignore[no-any-return]
+
+
+def style_levels(siglip: SiglipVisionModel, image: Image.Image, size: int) -> Tensor:
+    """The hidden states of one style picture that the projector reads, [3, V, D]; `size` is SigLIP's side in pixels."""
+    pixels = siglip_pixels(image, size).to(device=siglip.device, dtype=siglip.dtype)
+    return select_levels(siglip(pixels, output_hidden_states=True).hidden_states)[0]
+
+
+class FluxEncoder:
+    """Encodes prompts and reference pictures one at a time, and remembers what it encoded.
+
+    In a batch the last bits of an encoding would depend on what else is in it, and so on what happened to be
+    remembered; a resumed run could not repeat an uninterrupted one.
+
+    Args:
+        parts: holds the encoders.
+        content_long_side: pixels of the long side to which content references are resized.
+        max_text_tokens: length to which T5 prompts are padded and cut.
+        sample_posterior: draw content latents from the posterior. The draw is seeded by the picture, so it repeats.
+    """
+
+    def __init__(
+        self, parts: FluxParts, *, content_long_side: int, max_text_tokens: int, sample_posterior: bool
+    ) -> None:
+        self.parts = parts
+        self.content_long_side, self.max_text_tokens = content_long_side, max_text_tokens
+        self.sample_posterior = sample_posterior
+        self.cache = EncodingCache()
+
+    def text(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """T5 states [T, D] and pooled CLIP text [Q]."""
+        states, pooled = self.cache.get("text", prompt, lambda: encode_text(self.parts, prompt, self.max_text_tokens))
+        return states, pooled
+
+    def reference(self, image_3HW: Tensor, multiple: int) -> Reference:
+        """A content reference as tokens, cropped to a multiple of `multiple` pixels."""
+        key = content_hash(image_3HW)
+
+        def encode() -> tuple[Tensor, ...]:
+            image = preprocess_reference(to_pil(image_3HW), self.content_long_side, multiple)
+            noise = torch.Generator().manual_seed(int(key[:15], 16)) if self.sample_posterior else None
+            return (vae_latents(self.parts.vae, to_signed(image), noise)[0],)
+
+        (latents_CHW,) = self.cache.get("content", key, encode)
+        grid = (latents_CHW.shape[1] // PATCH, latents_CHW.shape[2] // PATCH)
+        return Reference(tokens_NP=pack(latents_CHW[None])[0], grid=grid)
+
+    def style(self, image_3HW: Tensor) -> Tensor:
+        """SigLIP levels of a style picture, [3, V, D]. Raises ConfigError where there is no SigLIP."""
+        siglip, size = self.parts.siglip, self.parts.siglip_size
+        if siglip is None or size is None:
+            raise ConfigError("an example has style references, but the policy has no `siglip` to read them")
+        return self.cache.get(
+            "style", content_hash(image_3HW), lambda: (style_levels(siglip, to_pil(image_3HW), size),)
+        )[0]

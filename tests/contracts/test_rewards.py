@@ -1,0 +1,51 @@
+"""Every bundled reward keeps the contract. A new file in `rewards/` needs an entry in `TINY`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import rewardgen.rewards
+from rewardgen.reward import Reward, check_reward
+from rewardgen.rewards.brightness import Brightness
+from rewardgen.rewards.csd import CsdConfig, CsdModel, CsdReward
+
+
+def tiny_csd(round_8bit: bool = False) -> CsdReward:
+    torch.manual_seed(0)
+    config = CsdConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, output_dim=12)
+    return CsdReward(CsdModel(config), round_8bit=round_8bit)
+
+
+TINY: dict[str, Callable[[], Reward]] = {
+    "brightness": Brightness,
+    "csd": tiny_csd,
+    "csd, 8 bit": lambda: tiny_csd(round_8bit=True),
+}
+"""Rewards with tiny random weights, by the file's name; variants after a comma."""
+
+
+def bundled_rewards() -> set[str]:
+    names = [module.name for module in pkgutil.iter_modules(rewardgen.rewards.__path__)]
+    modules = {name: importlib.import_module(f"rewardgen.rewards.{name}") for name in names}
+    return {
+        name
+        for name, module in modules.items()
+        for cls in vars(module).values()
+        if inspect.isclass(cls) and issubclass(cls, Reward) and cls.__module__ == module.__name__
+    }
+
+
+def test_every_bundled_reward_is_checked():
+    assert bundled_rewards() == {name.partition(",")[0] for name in TINY}
+
+
+@pytest.mark.parametrize("image_size", [(64, 64), (40, 72)])
+@pytest.mark.parametrize("name", TINY)
+def test_bundled_rewards_keep_the_contract(name, image_size):
+    check_reward(TINY[name](), image_size=image_size)
