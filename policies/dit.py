@@ -52,8 +52,8 @@ def dit_velocity(
             text, image = transformer._gradient_checkpointing_func(block, image, text, embedding, rotary)
         else:
             text, image = block(image, text, embedding, rotary)
-    target = transformer.norm_out(image[:, : latents_BLP.shape[1]], embedding)
-    return transformer.proj_out(target).float()
+    velocity: Tensor = transformer.proj_out(transformer.norm_out(image[:, : latents_BLP.shape[1]], embedding))
+    return velocity.float()
 
 
 def grouped_velocity(

@@ -65,7 +65,7 @@ def from_official(
             tensor = tensor[..., 0, 0]
         if entry.swap_halves:
             tensor = swap_halves(tensor)
-        parts = [tensor] * len(entry.names) if entry.shared else tensor.split(rows)
+        parts = [tensor] * len(entry.names) if entry.shared else torch.split(tensor, rows)
         state.update(zip(entry.names, parts, strict=True))
     return state
 

@@ -34,9 +34,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    return tensors
 
 
 def resolve_file(source: str) -> Path:

@@ -85,7 +85,7 @@ class UsoPolicy(Policy):
         self.trained_parts = tuple(train)
         self.schedule, self.pe, self.vae_encode = schedule, pe, vae_encode
         self.sample_guidance, self.train_guidance = sample_guidance, train_guidance
-        self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.vae_factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.encoder = FluxEncoder(
             parts,
             content_long_side=content_long_side,
@@ -217,7 +217,8 @@ class UsoPolicy(Policy):
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.x_embedder.weight.device
+        device: torch.device = self.transformer.device
+        return device
 
     # -- encoding --
 
@@ -323,8 +324,9 @@ class UsoPolicy(Policy):
             return [torch.zeros(0, self.transformer.inner_dim, device=self.device)] * len(counts)
         if self.projector is None:
             raise ConfigError("the condition has style pictures, but the policy has no `projector`")
-        weight = self.projector.high_projection.weight
-        tokens_SKH = self.projector(torch.stack([s for styles in condition.styles_B for s in styles]).to(weight))
+        weight = next(self.projector.parameters())
+        levels_S3VD = torch.stack([levels for styles in condition.styles_B for levels in styles])
+        tokens_SKH = self.projector(levels_S3VD.to(weight))
         return [tokens.flatten(0, 1) for tokens in tokens_SKH.split(counts)]
 
     # -- weights --

@@ -30,8 +30,8 @@ from rewardgen.types import Example, Rollout, StepReport
 
 __all__ = ["Learner", "MicroBatch", "OptimizerConfig"]
 
-_MERGED = "rewards"
-"""Key of the gradient of all rewards together. A reward of that name would be the only one, and mean the same."""
+_MERGED = "(all rewards)"
+"""Key of the gradient of all rewards together, already divided; no term is called so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +145,8 @@ class Learner:
 
     def _flow_matching(self, batch: MicroBatch, sums: TermSums) -> None:
         """Add `sum_B |velocity(x_t, t) - (noise - clean)|^2` over the examples that have a target."""
-        chosen = [(example, seed) for example, seed in zip(batch.examples, batch.seed_B, strict=True) if _has_target(example)]
+        pairs = zip(batch.examples, batch.seed_B, strict=True)
+        chosen = [(example, seed) for example, seed in pairs if example.target is not None]
         if not chosen:
             sums.add(FLOW_MATCHING, torch.zeros(()), 0)
             return
@@ -234,10 +235,6 @@ class Learner:
         self.version = int(state["version"])
         self._nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
         self._skipped_steps = int(state["skipped_steps"])
-
-
-def _has_target(example: Example) -> bool:
-    return example.target is not None
 
 
 def _target(example: Example, image_size: tuple[int, int]) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -79,22 +78,14 @@ def check_differentiable(name: str, reward: type[Reward]) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TermSum:
-    """A term over some examples: the sum of its valid values, with or without a graph, and their number."""
+def masked_sum(score: Score) -> tuple[Tensor, int]:
+    """Sum and number of the valid values of a score.
 
-    total: Tensor
-    count: int
-
-
-def masked_sum(score: Score) -> TermSum:
-    """Sum the valid values of a score.
-
-    Invalid rows are left out by index, not multiplied by 0: 0 * NaN is NaN. Their value gets a gradient of exactly 0,
+    Invalid rows are left out by index, not multiplied by 0: 0 * NaN is NaN. Their values get a gradient of exactly 0,
     which a reward's own backward may still turn into NaN (the root of 0); the learner clears those pixels' rows.
     """
     chosen = score.value_B[score.valid_B]
-    return TermSum(total=chosen.sum(), count=int(chosen.numel()))
+    return chosen.sum(), int(chosen.numel())
 
 
 class Objective:
@@ -132,6 +123,10 @@ class Objective:
     def active_rewards(self, step: int) -> tuple[str, ...]:
         """Names of the rewards that take part at a step, in the order of the configuration."""
         return tuple(name for name in self.config.rewards if self.weight(name, step) > 0)
+
+    def needs_rollout(self, step: int) -> bool:
+        """Whether pictures must be drawn at a step. Before the first reward starts there is nobody to look at them."""
+        return bool(self.active_rewards(step))
 
     def coefficient(self, name: str, step: int, count: int) -> float:
         """What a term's sum is multiplied by in the loss, given its global number of valid examples.

@@ -109,7 +109,9 @@ class Optimizer:
         state: dict[int, dict[str, Any]] = {}
         for index, name in enumerate(self._parameters):
             if f"adamw/step/{name}" in tensors:
-                state[index] = {key: tensors[f"adamw/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                state[index] = {
+                    key: tensors[f"adamw/{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                }
         self._adamw.load_state_dict({"state": state, "param_groups": self._adamw.state_dict()["param_groups"]})
 
 

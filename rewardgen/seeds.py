@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import random
+
+import numpy as np
+import torch
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -19,3 +23,14 @@ def derive_seed(*parts: int | str) -> int:
             raise TypeError(f"seeds derive from int and str, not from {type(part).__name__}")
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def seed_globals(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch.
+
+    The engine draws from none of them. The trainer calls this at each step for plug-ins that do, so that they too
+    draw the same after a resume.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

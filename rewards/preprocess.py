@@ -26,7 +26,9 @@ def resize_centre_crop(pixels_B3HW: Tensor, size: int, *, round_8bit: bool = Fal
         size: side of the result in pixels.
         round_8bit: the value becomes exactly PIL's for 8-bit pictures (the input is rounded to 256 levels, and so is
             the result of each pass); the gradient stays that of the unrounded resize (straight-through). Without it
-            the result is PIL's for float pictures and may overshoot [0, 1] at edges.
+            the result is PIL's for float pictures and may overshoot [0, 1] at edges. The width is resized before the
+            height, as by the Pillow that CSD was trained with; Pillow 13 turns this round for pictures more than
+            about twice as high as wide, which rounds differently.
 
     Returns:
         [B, 3, size, size].

@@ -13,9 +13,7 @@ from torch import Tensor
 from rewardgen.types import VelocityFn
 
 
-def draw_times_and_noise(
-    seed_B: Sequence[int], clean_BLC: Tensor, training_sigmas_N: Tensor
-) -> tuple[Tensor, Tensor]:
+def draw_times_and_noise(seed_B: Sequence[int], clean_BLC: Tensor, training_sigmas_N: Tensor) -> tuple[Tensor, Tensor]:
     """Draw (t_B, noise_BLC): t is a uniform index into the training grid, noise is standard normal.
 
     Each sample has a generator of its own on the CPU, so that neither its neighbours nor the device matter.

@@ -61,7 +61,9 @@ class WindowConfig(Settings):
         if self.kind == "refl" and self.entry_range is not None:
             low, high = self.entry_range
             if high >= num_steps:
-                raise ValueError(f"entry_range ends at step {high}, but the last of {num_steps} steps is {num_steps - 1}")
+                raise ValueError(
+                    f"entry_range ends at step {high}, but the last of {num_steps} steps is {num_steps - 1}"
+                )
             return low, high
         k_low, k_high = self.k_range or (self.k or num_steps, self.k or num_steps)
         if k_high > num_steps:
@@ -75,9 +77,7 @@ def draw_entry(window: WindowConfig, num_steps: int, seed: int) -> int:
     return int(torch.randint(low, high + 1, (), generator=torch.Generator().manual_seed(seed)))
 
 
-def run_window(
-    velocity: VelocityFn, trajectory: Trajectory, window: WindowConfig, *, enable_grad: bool
-) -> Tensor:
+def run_window(velocity: VelocityFn, trajectory: Trajectory, window: WindowConfig, *, enable_grad: bool) -> Tensor:
     """Go from the entry state to clean latents [B, L, C], with gradient in the velocity's weights.
 
     `refl` makes one forward at the entry step and takes the clean estimate; gradient flows through that forward only,

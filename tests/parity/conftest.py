@@ -50,7 +50,7 @@ def set_of(config: pytest.Config) -> FixtureSet:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Read `--fixtures DIR`. pytest has a flag of that name, which lists its fixtures; followed by a folder it is ours."""
+    """Read `--fixtures DIR`. pytest has a flag of that name, to list its fixtures; followed by a folder it is ours."""
     given = [str(argument) for argument in config.invocation_params.args]
     folder = next((after for flag, after in itertools.pairwise(given) if flag == "--fixtures"), "-")
     if folder.startswith("-"):

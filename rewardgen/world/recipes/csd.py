@@ -36,7 +36,7 @@ from rewardgen.world.scenes import (
 )
 from rewardgen.world.similarity import style_similarity
 
-RECIPE = Recipe(name="csd", version="1", steps=1300, batch=64, lr=1.5e-3, seed=404)
+RECIPE = Recipe(name="csd", version="1", steps=1000, batch=64, lr=1.5e-3, seed=404)
 CONFIG = CsdConfig(image_size=64, patch_size=8, width=96, layers=3, heads=3, output_dim=48)
 ADVERSARY = 0.04
 """Largest signed-gradient step, in pixel values of [0, 1]."""

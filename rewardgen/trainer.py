@@ -1,0 +1,309 @@
+"""The loop: examples -> requests -> rollouts -> learner -> report, evaluation, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+
+from rewardgen.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from rewardgen.errors import CheckpointError, ConfigError
+from rewardgen.fleet.pool import Pool
+from rewardgen.flow.window import draw_entry
+from rewardgen.learner import Learner, MicroBatch
+from rewardgen.measure import Clock
+from rewardgen.rollout import Precision, RolloutConfig, device_of
+from rewardgen.seeds import derive_seed, seed_globals
+from rewardgen.settings import Settings
+from rewardgen.types import Example, Rollout, RolloutRequest, StepReport
+
+
+class TrainConfig(Settings):
+    """Length, batches, arithmetic and safety of a run."""
+
+    num_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    batch_size: int = Field(default=1, ge=1)
+    """Examples in one forward pass (the micro-batch)."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches in one optimizer step."""
+    precision: Precision = "fp32"
+    """Arithmetic of the policy's forward pass; trained parameters and optimizer stay as loaded (fp32)."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of the average of the weights; the average is then what is evaluated and saved."""
+    checkpoint_every: int = Field(default=100, ge=0)
+    """Steps between checkpoints; 0 keeps only the one at the end."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many checkpoints are kept."""
+    max_nonfinite_steps: int = Field(default=5, ge=1)
+    """The run stops after so many non-finite gradients in a row; single ones are skipped and counted."""
+    term_grad_norms: bool = True
+    """Report each reward's own gradient norm. With several rewards: one backward pass through the policy for each."""
+    prompt_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Probability that a flow-matching example loses its prompt. Rollouts lose nothing."""
+    content_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a flow-matching example loses its content references (0.25 in USO's joint training)."""
+    style_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a flow-matching example loses its style references (0.25 in USO's joint training)."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`."""
+
+
+class Dataset(Protocol):
+    """Examples by position."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, index: int, /) -> Example:
+        """The example at an index in [0, len)."""
+
+
+class StepReporter(Protocol):
+    """What the loop needs of a reporter."""
+
+    def step(self, report: StepReport, /) -> None:
+        """Record a finished step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run ended: steps completed in all, whether a signal ended it, and its last checkpoint."""
+
+    completed_steps: int
+    interrupted: bool
+    checkpoint: Path
+
+
+class Trainer:
+    """Runs the loop.
+
+    Every random choice derives from (seed, purpose, step, example, place in the batch) and the data's order is a
+    function of the step, so that a resumed run equals the uninterrupted one, and a step does not depend on how it is
+    cut into micro-batches.
+
+    Args:
+        learner: holds the policy and the objective.
+        pool: replicas of `RolloutWorker`.
+        dataset: training examples; at least one.
+        rollout: how pictures are drawn.
+        config: length, batches, safety.
+        seed: the run's seed.
+        folder: checkpoints go to `folder/checkpoints`.
+        reporter: gets each step's report.
+        evaluate: called with the number of completed steps, every `evaluate_every` steps.
+        evaluate_every: 0 never calls it.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        pool: Pool,
+        dataset: Dataset,
+        *,
+        rollout: RolloutConfig,
+        config: TrainConfig,
+        seed: int,
+        folder: Path,
+        reporter: StepReporter,
+        evaluate: Callable[[int], None] | None = None,
+        evaluate_every: int = 0,
+    ) -> None:
+        if len(dataset) == 0:
+            raise ConfigError("data.train has no examples")
+        self.learner = learner
+        self.pool = pool
+        self.dataset = dataset
+        self.rollout = rollout
+        self.config = config
+        self.seed = seed
+        self.checkpoints = folder / "checkpoints"
+        self.completed_steps = 0
+        self._reporter = reporter
+        self._evaluate = evaluate
+        self._evaluate_every = evaluate_every
+
+    def run(self) -> Outcome:
+        """Train to `config.num_steps`, from step 0 or from where `resume` left off.
+
+        SIGINT or SIGTERM let the step finish, save a checkpoint and return; a second one acts at once.
+        """
+        checkpoint: Path | None = None
+        with _stop_signal() as stopped:
+            while self.completed_steps < self.config.num_steps and not stopped.is_set():
+                checkpoint = None
+                self._reporter.step(self.step(self.completed_steps))
+                self.completed_steps += 1
+                if self._evaluate is not None and _due(self.completed_steps, self._evaluate_every):
+                    self._evaluate(self.completed_steps)
+                if _due(self.completed_steps, self.config.checkpoint_every):
+                    checkpoint = self.save()
+            return Outcome(
+                completed_steps=self.completed_steps,
+                interrupted=self.completed_steps < self.config.num_steps,
+                checkpoint=checkpoint or self.save(),
+            )
+
+    def step(self, step: int) -> StepReport:
+        """Run one optimizer step and return its report."""
+        seed_globals(derive_seed(self.seed, "globals", step))
+        clock = Clock(device_of(self.learner.policy))
+        with clock.phase("data"):
+            batches = self._examples(step)
+        with clock.phase("rollout"):
+            rollouts = self._rollouts(step, batches)
+        micro_batches = [
+            MicroBatch(
+                examples=[self._drop(example, step, place) for place, example in batch],
+                seed_B=[derive_seed(self.seed, "flow_matching", step, example.id, place) for place, example in batch],
+                image_size=self.rollout.image_size,
+                rollout=rollout,
+            )
+            for batch, rollout in zip(batches, rollouts, strict=True)
+        ]
+        report = self.learner.step(micro_batches, step=step)
+        return dataclasses.replace(report, seconds_by_phase=clock.seconds_by_phase | dict(report.seconds_by_phase))
+
+    def _examples(self, step: int) -> list[list[tuple[int, Example]]]:
+        """The step's micro-batches of (place in the whole batch, example): each epoch is a permutation of the data."""
+        size, whole = len(self.dataset), self.config.batch_size * self.config.accumulation
+        chosen = []
+        for place in range(whole):
+            epoch, position = divmod(step * whole + place, size)
+            chosen.append((place, self.dataset[_permutation(derive_seed(self.seed, "order", epoch), size)[position]]))
+        return [chosen[i : i + self.config.batch_size] for i in range(0, whole, self.config.batch_size)]
+
+    def _rollouts(self, step: int, batches: list[list[tuple[int, Example]]]) -> list[Rollout] | list[None]:
+        """Draw the prefixes for the reward terms; fresh noise, full conditions, one entry step for the whole batch."""
+        if not self.learner.objective.needs_rollout(step):
+            return [None] * len(batches)
+        num_steps = self.rollout.num_steps
+        entry_step = draw_entry(self.rollout.window, num_steps, derive_seed(self.seed, "entry_step", step))
+        weights = self.pool.put(self.learner.publish())
+        requests = [
+            RolloutRequest(
+                step=step,
+                examples=[example for _, example in batch],
+                seed_B=tuple(derive_seed(self.seed, "rollout", step, example.id, place) for place, example in batch),
+                image_size=self.rollout.image_size,
+                num_steps=num_steps,
+                stop_step=entry_step,
+            )
+            for batch in batches
+        ]
+        futures = [self.pool.submit("rollout", request, weights) for request in requests]
+        return [future.result().get() for future in futures]
+
+    def _drop(self, example: Example, step: int, place: int) -> Example:
+        """Dropout of conditions for the flow-matching term."""
+        seed = derive_seed(self.seed, "dropout", step, example.id, place)
+        prompt, content, style = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
+        changes: dict[str, Any] = {}
+        if prompt < self.config.prompt_dropout:
+            changes |= {"prompt": ""}
+        if content < self.config.content_dropout:
+            changes |= {"content_refs": (), "correspondences": ()}
+        if style < self.config.style_dropout:
+            changes |= {"style_refs": ()}
+        return dataclasses.replace(example, **changes)
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything and remove old ones."""
+        tensors, state = self.learner.state()
+        path = save_checkpoint(
+            self.checkpoints,
+            step=self.completed_steps,
+            tensors=tensors,
+            state={"completed_steps": self.completed_steps, "run": self._identity(), "learner": state},
+        )
+        prune_checkpoints(self.checkpoints, self.config.keep_last)
+        return path
+
+    def resume(self, path: Path | None = None) -> int:
+        """Continue from a checkpoint, by default the newest whole one; returns the number of completed steps.
+
+        Raises:
+            CheckpointError: there is none, or it belongs to a run with other data, seed or batch.
+        """
+        path = path or latest_checkpoint(self.checkpoints)
+        if path is None:
+            raise CheckpointError(f"{self.checkpoints} holds no checkpoint to resume from; start without --resume")
+        tensors, state = load_checkpoint(path)
+        for key, value in self._identity().items():
+            found = state.get("run", {}).get(key)
+            if found != value:
+                raise CheckpointError(f"{path} was made with {key} = {found}, this run has {value}: it cannot go on")
+        self.learner.load_state(tensors, state["learner"])
+        self.completed_steps = int(state["completed_steps"])
+        return self.completed_steps
+
+    def _identity(self) -> dict[str, int]:
+        """What the order of the data depends on: with another one the run would not be the same run."""
+        whole = self.config.batch_size * self.config.accumulation
+        return {"seed": self.seed, "number of examples": len(self.dataset), "examples in a step": whole}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `train.device`.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device: '{name}' is no device; use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"train.device: '{name}' is not there, torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _due(completed_steps: int, every: int) -> bool:
+    return every > 0 and completed_steps % every == 0
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, size: int) -> list[int]:
+    order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; after it the signals act as before."""
+    stopped = threading.Event()
+    # Only the main thread may handle signals; elsewhere whoever owns it decides.
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        restore()
+        # Not print: its buffer may be in use at the moment of the signal.
+        os.write(2, b"\nfinishing the step, then saving a checkpoint; once more stops at once\n")
+
+    for number in former:
+        signal.signal(number, handle)
+    try:
+        yield stopped
+    finally:
+        restore()
