@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXPERIMENT ?= experiments/uso_srl.yaml
+# For example ARGS=--resume, or ARGS="train.num_steps=20 --output runs/short".
+ARGS ?=
 
 .PHONY: train test lint types clean
 
 train: $(STAMP)
-	$(BIN)/rewardgen train $(EXPERIMENT)
+	$(BIN)/rewardgen train $(EXPERIMENT) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest

@@ -29,7 +29,7 @@ def dit_velocity(
     guidance_B: Tensor,
     rotary: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Velocity of the target tokens [B, L, P], float32.
+    """Velocity of the target tokens [B, L, P], in float32 or above.
 
     It walks diffusers' own modules instead of calling their `forward`, for two reasons: style tokens join the text
     after `context_embedder`, and the sinusoid of the time stays in float32 where that `forward` would round
@@ -53,7 +53,7 @@ def dit_velocity(
         else:
             text, image = block(image, text, embedding, rotary)
     velocity: Tensor = transformer.proj_out(transformer.norm_out(image[:, : latents_BLP.shape[1]], embedding))
-    return velocity.float()
+    return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 
 def grouped_velocity(

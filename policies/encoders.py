@@ -53,9 +53,10 @@ def vae_latents(vae: AutoencoderKL, signed_B3HW: Tensor, noise: torch.Generator 
 
 
 def vae_pixels(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
-    """Scaled latents -> pictures [B, 3, H, W], nominally in [-1, 1], float32."""
+    """Scaled latents -> pictures [B, 3, H, W], nominally in [-1, 1], in float32 or above."""
     latents = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents.to(vae.dtype)).sample.float()  # type: ignore[no-any-return]
+    pixels: Tensor = vae.decode(latents.to(vae.dtype)).sample
+    return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
 
 def style_levels(siglip: SiglipVisionModel, image: Image.Image, size: int) -> Tensor:

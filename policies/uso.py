@@ -254,7 +254,7 @@ class UsoPolicy(Policy):
     def decode(self, latents_BLC: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Clean latents -> pictures [B, 3, H, W], nominally in [0, 1] but not clamped, under the caller's gradients."""
         with torch.autocast(self.device.type, enabled=False):
-            return (vae_pixels(self.vae, unpack(latents_BLC.float(), self._grid(image_size))) + 1) / 2
+            return (vae_pixels(self.vae, unpack(latents_BLC, self._grid(image_size))) + 1) / 2
 
     # -- sampling --
 

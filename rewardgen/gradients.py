@@ -23,7 +23,7 @@ def differentiate(
     output: Tensor, parameters: Sequence[nn.Parameter], grad_output: Tensor | None = None, *, keep_graph: bool = False
 ) -> Gradient:
     """Gradient of `output` (or of its product with `grad_output`); zeros for parameters that it does not depend on."""
-    found = torch.autograd.grad(
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
         output, list(parameters), grad_outputs=grad_output, retain_graph=keep_graph, allow_unused=True
     )
     return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, found, strict=True)]

@@ -149,8 +149,8 @@ class Objective:
         allowed = self.config.max_failed_share if own is None else own
         if len(failed) == failed.maxlen and sum(failed) > allowed * len(failed):
             raise ScoringError(
-                f"reward '{name}': {sum(failed)} of its last {len(failed)} scores failed or did not apply, more than the"
-                f" allowed share of {allowed:g}; check the reward and its references,"
+                f"reward '{name}': {sum(failed)} of its last {len(failed)} scores failed or did not apply, more than"
+                f" the allowed share of {allowed:g}; check the reward and its references,"
                 f" or raise objective.rewards.{name}.max_failed_share"
             )
 

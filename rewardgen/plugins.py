@@ -230,11 +230,11 @@ def _contract_fault(kind: Kind, cls: type[Any]) -> str:
 
 def _takes_nothing(target: Callable[..., Any]) -> bool:
     # A torch module without an __init__ of its own has torch's, which says **kwargs and accepts none.
-    return inspect.isclass(target) and getattr(target.__init__, "__module__", "").startswith("torch.nn")  # type: ignore[misc]
+    return inspect.isclass(target) and getattr(target.__init__, "__module__", "").startswith("torch.nn")
 
 
 def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    function = target.__init__ if inspect.isclass(target) else target
     hints: dict[str, Any] = {}
     for name, annotation in inspect.get_annotations(inspect.unwrap(getattr(function, "__func__", function))).items():
         # One by one: a name imported only for the type checker leaves its own argument unchecked, not all of them.

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +16,7 @@ from rewardgen.checkpoint import latest_checkpoint, load_checkpoint, prune_check
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.fleet.pool import Pool
 from rewardgen.flow.window import draw_entry
+from rewardgen.interrupt import stop_signal
 from rewardgen.learner import Learner, MicroBatch
 from rewardgen.measure import Clock
 from rewardgen.rollout import Precision, RolloutConfig, device_of
@@ -140,7 +136,7 @@ class Trainer:
         SIGINT or SIGTERM let the step finish, save a checkpoint and return; a second one acts at once.
         """
         checkpoint: Path | None = None
-        with _stop_signal() as stopped:
+        with stop_signal() as stopped:
             while self.completed_steps < self.config.num_steps and not stopped.is_set():
                 checkpoint = None
                 self._reporter.step(self.step(self.completed_steps))
@@ -279,31 +275,3 @@ def _due(completed_steps: int, every: int) -> bool:
 def _permutation(seed: int, size: int) -> list[int]:
     order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
-
-
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; after it the signals act as before."""
-    stopped = threading.Event()
-    # Only the main thread may handle signals; elsewhere whoever owns it decides.
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stopped.set()
-        restore()
-        # Not print: its buffer may be in use at the moment of the signal.
-        os.write(2, b"\nfinishing the step, then saving a checkpoint; once more stops at once\n")
-
-    for number in former:
-        signal.signal(number, handle)
-    try:
-        yield stopped
-    finally:
-        restore()

@@ -45,7 +45,8 @@ class ToyPolicy(Policy):
         width = CHANNELS + 2 + 7
 
         def weight(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+            weights: Tensor = torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+            return weights
 
         kind = getattr(torch, dtype)
         self.inner = nn.Parameter(weight(hidden, width).to(kind))

@@ -1,4 +1,4 @@
-"""The pool contract: replicas of one worker, called by method name. Which back end runs them is nobody else's affair."""
+"""The pool contract: replicas of one worker, called by method name, whatever back end runs them."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _euler_step(velocity: VelocityFn, x_BLC: Tensor, sigma: Tensor, sigma_next: 
 
 
 def clean_estimate(x_BLC: Tensor, v_BLC: Tensor, t: Tensor) -> Tensor:
-    """The picture as seen from time t: `clean_hat = x_t - t v` (from `x_t = (1-t) clean + t noise`, `v = noise - clean`).
+    """The picture as seen from time t: `clean_hat = x_t - t v`, as `x_t = (1-t) clean + t noise`, `v = noise - clean`.
 
     Args:
         x_BLC: state at time t.

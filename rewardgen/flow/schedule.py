@@ -24,7 +24,10 @@ def mu_from_tokens(num_tokens: float, base_shift: float = BASE_SHIFT, max_shift:
 
 def shift_times(times_T: Tensor, mu: float) -> Tensor:
     """Move times in [0, 1] toward noise: `e^mu / (e^mu + 1/t - 1)`. Keeps 0, 1 and the order."""
-    return math.exp(mu) / (math.exp(mu) + (1 / times_T - 1))
+    # A plain number divided by a tensor, because the release rounds that way: the model sees 1000 t, so that one
+    # bit of t moves the sampled latents by about 1e-5. The same rounding can put 1 a bit below itself.
+    shifted_T = math.exp(mu) / (math.exp(mu) + (1 / times_T - 1))
+    return torch.where(times_T == 1, 1.0, shifted_T)
 
 
 def token_count_sigmas(

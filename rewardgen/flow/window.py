@@ -23,8 +23,8 @@ class WindowConfig(Settings):
     """Which steps carry gradient."""
 
     kind: Literal["refl", "draft", "alignprop", "full"] = "refl"
-    """`refl`: one late step, then the clean estimate (ReFL, USO's SRL, UMO's ReReFL). `draft`: the last k steps (DRaFT-K).
-    `alignprop`: the last k steps with k drawn at random (AlignProp). `full`: all steps."""
+    """`refl`: one late step, then the clean estimate (ReFL, USO's SRL, UMO's ReReFL). `draft`: the last k steps
+    (DRaFT-K). `alignprop`: the last k steps with k drawn at random (AlignProp). `full`: all steps."""
     entry_range: tuple[int, int] | None = None
     """For `refl`: first and last entry step (0-based), drawn uniformly, both ends included.
     UMO: the last 10 of 25 steps, that is [15, 24]. USO does not report its range."""

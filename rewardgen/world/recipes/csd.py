@@ -42,12 +42,18 @@ ADVERSARY = 0.04
 """Largest signed-gradient step, in pixel values of [0, 1]."""
 
 
+LESSONS = 300
+"""Batches made beforehand and gone through several times; the adversary's disturbance is new each time."""
+
+
 def make(vae: AutoencoderKL, steps: int = RECIPE.steps) -> CsdModel:
     torch.manual_seed(RECIPE.seed)
     model = CsdModel(CONFIG)
+    count = min(steps, LESSONS)
+    lessons = [lesson(RECIPE.batch, RECIPE.seed * 1_000_003 + 20 * i, vae) for i in range(count)]
 
     def loss(step: int) -> Tensor:
-        content, style, pixels = lesson(RECIPE.batch, RECIPE.seed * 1_000_003 + 20 * step, vae)
+        content, style, pixels = lessons[step % count]
         truth = style_similarity(style, style)
         half = RECIPE.batch // 2
         attacked = pixels[:half].clone().requires_grad_()

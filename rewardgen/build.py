@@ -1,0 +1,294 @@
+"""The composition root: an experiment becomes objects, and the objects a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from rewardgen import plugins, sources, strict_yaml
+from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
+from rewardgen.config import Experiment, plugins_in
+from rewardgen.errors import CheckpointError, ConfigError
+from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table, target_scores
+from rewardgen.evaluation.evaluate import Evaluation, evaluate
+from rewardgen.evaluation.grid import save_grid
+from rewardgen.fleet.inline import InlinePool
+from rewardgen.learner import Learner
+from rewardgen.objective import Objective
+from rewardgen.policy import Policy
+from rewardgen.report import Reporter, write_manifest
+from rewardgen.reward import Reward
+from rewardgen.rollout import RolloutWorker
+from rewardgen.settings import Plugin
+from rewardgen.trainer import Dataset, Trainer, choose_device
+from rewardgen.types import Example
+
+CONFIG = "config.yaml"
+_MAY_CHANGE = ("train.num_steps", "train.checkpoint_every", "train.keep_last", "evaluation", "report")
+"""What a resumed run may do differently without being another run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What an experiment is made of, on its device. `metrics` are the objective's rewards and the witnesses."""
+
+    policy: Policy
+    learner: Learner
+    train_data: Dataset
+    held_out: list[Example]
+    metrics: dict[str, Reward]
+
+
+def make(path: str, kind: plugins.Kind, plugin: Plugin) -> Any:
+    """Construct a plug-in: fetch what its arguments name, check them against its signature, call it.
+
+    Args:
+        path: key path in the experiment, for messages.
+
+    Raises:
+        UserError: a source is missing, an argument does not fit, or the plug-in refuses it.
+    """
+    target = plugins.factory(plugins.resolve(kind, plugin.use))
+    args = sources.materialise(plugin.args, f"{path}.args")
+    return target(**plugins.check_args(target, args, f"{path}.args"))
+
+
+def require_sources(experiment: Experiment) -> None:
+    """Refuse an experiment whose bundled assets are not there, before anything is read. Raises ConfigError."""
+    for path, _, plugin in plugins_in(experiment):
+        for source in sources.find_sources(plugin.args, f"{path}.args"):
+            sources.require(source)
+
+
+def assemble(experiment: Experiment) -> Parts:
+    """Make everything an experiment names. Data come first: they are cheap, and their faults are the common ones.
+
+    Raises:
+        UserError: something is missing, damaged or does not fit.
+    """
+    require_sources(experiment)
+    device = choose_device(experiment.train.device)
+    train_data = make("data.train", "data", experiment.data.train)
+    held_out = _first(make("data.held_out", "data", experiment.data.held_out), experiment.evaluation.num_examples)
+    rewards = {
+        name: make(f"objective.rewards.{name}", "rewards", term) for name, term in experiment.objective.rewards.items()
+    }
+    witnesses = {
+        name: make(f"evaluation.witnesses.{name}", "rewards", plugin).requires_grad_(False).eval().to(device)
+        for name, plugin in experiment.evaluation.witnesses.items()
+    }
+    objective = Objective(experiment.objective, rewards).to(device)
+    policy: Policy = make("policy", "policies", experiment.policy).to(device)
+    policy.latent_shape(experiment.rollout.image_size)  # refuses a size the model cannot draw
+    learner = Learner(
+        policy,
+        objective,
+        optimizer=experiment.optimizer,
+        window=experiment.rollout.window,
+        precision=experiment.train.precision,
+        ema_decay=experiment.train.ema_decay,
+        max_nonfinite_steps=experiment.train.max_nonfinite_steps,
+        term_grad_norms=experiment.train.term_grad_norms,
+    )
+    return Parts(
+        policy=policy, learner=learner, train_data=train_data, held_out=held_out, metrics=objective.rewards | witnesses
+    )
+
+
+def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = False) -> None:
+    """Train, evaluate before and after, and leave everything in the run's folder.
+
+    The folder holds the resolved experiment, `manifest.json`, `metrics.jsonl`, checkpoints, the trained parts in
+    their official format (`weights/`), the comparison and the picture grid.
+
+    Raises:
+        UserError: bad input, or a run that cannot go on.
+    """
+    folder = folder or Path("runs") / experiment.name
+    console = Console()
+    require_sources(experiment)
+    _open_folder(folder, experiment, resume=resume)
+    parts = assemble(experiment)
+    write_manifest(folder, experiment=experiment.model_dump(mode="json"), weights=_weight_files(experiment))
+    with Reporter(folder, experiment.report, num_steps=experiment.train.num_steps) as reporter:
+        console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
+        base = _evaluate(experiment, parts, averaged=False)
+
+        def evaluate_now(step: int) -> None:
+            reporter.evaluation(step, _evaluate(experiment, parts).means())
+
+        trainer = Trainer(
+            parts.learner,
+            InlinePool(RolloutWorker(parts.policy, precision=experiment.train.precision)),
+            parts.train_data,
+            rollout=experiment.rollout,
+            config=experiment.train,
+            seed=experiment.seed,
+            folder=folder,
+            reporter=reporter,
+            evaluate=evaluate_now,
+            evaluate_every=experiment.evaluation.every,
+        )
+        first = trainer.resume() if resume else 0
+        reporter.start(first)
+        reporter.evaluation(0, base.means())
+        outcome = trainer.run()
+    if outcome.interrupted:
+        console.print(f"stopped after step {outcome.completed_steps}; go on with --resume --output {folder}")
+        return
+    _finish(experiment, parts, base, folder, console)
+
+
+def evaluate_checkpoint(
+    experiment: Experiment, *, run: Path | None, checkpoint: Path | None, as_json: bool = False
+) -> None:
+    """Compare a checkpoint with the experiment's starting point on held-out examples, and print it.
+
+    Args:
+        run: a run's folder, whose latest whole checkpoint is taken; or else
+        checkpoint: the folder of one checkpoint.
+
+    Raises:
+        UserError: not exactly one of the two, or a checkpoint that does not belong to the experiment.
+    """
+    if (run is None) == (checkpoint is None):
+        raise ConfigError("name what to evaluate: either --run DIR or --checkpoint DIR")
+    require_sources(experiment)
+    path = checkpoint or latest_checkpoint((run or Path()) / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"{run} holds no whole checkpoint")
+    tensors, state = load_checkpoint(path)
+    parts = assemble(experiment)
+    base = _evaluate(experiment, parts, averaged=False)
+    parts.learner.load_state(tensors, state.get("learner", {}))
+    comparison = _compare(parts, base, _evaluate(experiment, parts))
+    if as_json:
+        print(json.dumps({"checkpoint": str(path), "comparison": comparison.to_json()}, indent=1))
+    else:
+        console = Console()
+        console.print(f"{path} against the starting point")
+        console.print(render_table(comparison))
+
+
+def check(experiment: Experiment) -> None:
+    """Print the resolved experiment, what it reads and whether that is here, and what would be trained.
+
+    Nothing is fetched. Weights are read only where all of the policy's are here.
+
+    Raises:
+        UserError: a bundled asset is missing, or local weights do not fit together.
+    """
+    console = Console()
+    console.print(_as_yaml(experiment), markup=False, highlight=False, end="\n\n")
+    require_sources(experiment)
+    table = Table("key", "source", "kind", "place", box=None)
+    missing = []
+    for path, _, plugin in plugins_in(experiment):
+        for source in sources.find_sources(plugin.args, f"{path}.args"):
+            table.add_row(source.path, source.text, source.kind, str(source.location or "not here"))
+            missing += [source] if source.location is None else []
+    console.print(table)
+    hub = [source.text for source in missing if source.kind.startswith("hub")]
+    local = [source.text for source in missing if source.kind == "local"]
+    if hub:
+        console.print(f"to be fetched from the hub when training starts: {', '.join(hub)}", soft_wrap=True)
+    if local:
+        console.print(f"to be put in place before training: {', '.join(local)}", soft_wrap=True)
+    if not any(source.path.startswith("policy.") for source in missing):
+        policy = make("policy", "policies", experiment.policy)
+        policy.latent_shape(experiment.rollout.image_size)
+        console.print(f"trained: {_count(policy)} parameters in {len(policy.trainable())} tensors")
+
+
+def _finish(experiment: Experiment, parts: Parts, base: Evaluation, folder: Path, console: Console) -> None:
+    trained = _evaluate(experiment, parts)
+    comparison = _compare(parts, base, trained)
+    with parts.learner.averaged():
+        weights = parts.policy.save(folder / "weights")
+    (folder / "comparison.json").write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
+    (folder / "comparison.md").write_text(render_markdown(comparison), encoding="utf-8")
+    console.print(render_table(comparison))
+    if experiment.evaluation.grid_examples:
+        grid = save_grid(folder / "grid.png", parts.held_out[: experiment.evaluation.grid_examples], base, trained)
+        console.print(f"pictures: {grid}")
+    console.print(f"weights: {', '.join(str(path) for path in weights.values())}")
+
+
+def _evaluate(experiment: Experiment, parts: Parts, *, averaged: bool = True) -> Evaluation:
+    """Held-out scores of the policy as it is; with `averaged`, of its averaged weights where the run keeps them."""
+    settings = experiment.evaluation
+    weights: AbstractContextManager[None] = parts.learner.averaged() if averaged else nullcontext()
+    with weights:
+        return evaluate(
+            parts.policy,
+            parts.held_out,
+            parts.metrics,
+            image_size=experiment.rollout.image_size,
+            num_steps=settings.num_steps or experiment.rollout.num_steps,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            keep_pixels=settings.grid_examples,
+        )
+
+
+def _compare(parts: Parts, base: Evaluation, trained: Evaluation) -> Comparison:
+    return compare(base, trained, ceiling=target_scores(parts.held_out, parts.metrics))
+
+
+def _open_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
+    """Make the run's folder, or see that the one that is there is this run's."""
+    config, checkpoints = folder / CONFIG, folder / "checkpoints"
+    begun = checkpoints.is_dir() and any(checkpoints.glob("step-*"))
+    if begun and not resume:
+        raise ConfigError(f"{folder} holds a run already: go on with --resume, or choose another --output")
+    if resume and not begun:
+        raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
+    if resume and config.is_file():
+        changed = _differences(strict_yaml.load_file(config)[0], experiment.model_dump(mode="json"))
+        refused = [key for key in changed if not any(f"{key}.".startswith(f"{may}.") for may in _MAY_CHANGE)]
+        if refused:
+            raise ConfigError(f"{config} is of another experiment, it differs in {', '.join(refused)}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(_as_yaml(experiment), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{folder}: the run's folder cannot be written: {(error.strerror or '').lower()}") from None
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Key paths at which two nested mappings differ."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return [] if old == new else [path]
+    keys = sorted({*old, *new})
+    return [found for key in keys for found in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+
+
+def _first(dataset: Dataset, number: int) -> list[Example]:
+    if len(dataset) < number:
+        raise ConfigError(f"evaluation.num_examples is {number}, but data.held_out has only {len(dataset)} examples")
+    return [dataset[index] for index in range(number)]
+
+
+def _weight_files(experiment: Experiment) -> dict[str, Path]:
+    found = {
+        source.path: source.location
+        for path, _, plugin in plugins_in(experiment)
+        for source in sources.find_sources(plugin.args, f"{path}.args")
+    }
+    return {path: place for path, place in found.items() if place is not None}
+
+
+def _as_yaml(experiment: Experiment) -> str:
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _count(policy: Policy) -> str:
+    return f"{sum(parameter.numel() for parameter in policy.trainable().values()):,}"

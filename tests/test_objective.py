@@ -1,0 +1,119 @@
+"""Terms, masks, global counts and the failure limit."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from rewardgen.errors import CheckpointError, ConfigError, ScoringError
+from rewardgen.objective import FLOW_MATCHING, Objective, ObjectiveConfig, check_differentiable, masked_sum
+from rewardgen.reward import Reward
+from rewardgen.types import Score
+from tests.toys import ToyReward
+
+
+def config(**fields: object) -> ObjectiveConfig:
+    reward = {"use": "toy", "weight": 0.5, "start_step": 3}
+    return ObjectiveConfig.model_validate({"rewards": {"style": reward}} | fields)
+
+
+def test_terms_start_when_they_should() -> None:
+    objective = Objective(config(flow_matching={"weight": 2.0, "start_step": 1}), {"style": ToyReward()})
+    assert [objective.weight(FLOW_MATCHING, step) for step in range(4)] == [0, 2, 2, 2]
+    assert [objective.active_rewards(step) for step in (0, 2, 3)] == [(), (), ("style",)]
+    assert [objective.needs_rollout(step) for step in (0, 2, 3)] == [False, False, True]
+    off = Objective(config(rewards={"style": {"use": "toy", "weight": 0}}), {"style": ToyReward()})
+    assert not off.needs_rollout(100)
+
+
+def test_coefficients_are_the_loss_of_the_papers() -> None:
+    """L = w_fm * mean(fm) - w_r * mean(r), from sums and counts."""
+    objective = Objective(config(flow_matching={"weight": 2.0}), {"style": ToyReward()})
+    fm, rewards = torch.tensor([1.0, 4.0, 1.0]), torch.tensor([0.5, math.nan, 0.25])
+    total, count = masked_sum(Score(value_B=rewards, valid_B=torch.tensor([True, False, True])))
+    loss = objective.coefficient(FLOW_MATCHING, 5, 3) * fm.sum() + objective.coefficient("style", 5, count) * total
+    assert count == 2
+    assert float(loss) == pytest.approx(2.0 * 2.0 - 0.5 * 0.375)
+    assert objective.coefficient("style", 5, 0) == 0
+    assert objective.coefficient("style", 0, 2) == 0
+
+
+@given(st.lists(st.tuples(st.floats(-10, 10), st.booleans()), min_size=1, max_size=8))
+def test_masked_values_never_reach_sum_or_gradient(rows: list[tuple[float, bool]]) -> None:
+    valid_B = torch.tensor([valid for _, valid in rows])
+    value_B = torch.tensor([value if valid else math.nan for value, valid in rows], requires_grad=True)
+    total, count = masked_sum(Score(value_B=value_B, valid_B=valid_B))
+    assert count == sum(valid for _, valid in rows)
+    assert float(total.detach()) == pytest.approx(sum(value for value, valid in rows if valid), abs=1e-4)
+    (grad_B,) = torch.autograd.grad(total, value_B)
+    assert torch.equal(grad_B, valid_B.float())
+
+
+def test_rewards_are_frozen() -> None:
+    reward = ToyReward().train()
+    Objective(config(), {"style": reward})
+    assert not reward.training
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
+def test_a_reward_without_gradient_is_refused() -> None:
+    class Judge(ToyReward):
+        differentiable = False
+
+    with pytest.raises(ConfigError, match=r"objective\.rewards\.style: Judge has no gradient"):
+        Objective(config(), {"style": Judge()})
+    with pytest.raises(ConfigError, match=r"objective\.rewards\.x"):
+        check_differentiable("x", Judge)
+    check_differentiable("x", ToyReward)
+
+
+def test_names_must_match() -> None:
+    rewards: dict[str, Reward] = {"stile": ToyReward()}
+    with pytest.raises(ConfigError, match="stile"):
+        Objective(config(), rewards)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rewards": {}, "flow_matching": {"weight": 0}},
+        {"rewards": {"flow_matching": {"use": "toy"}}},
+        {"rewards": {"a": {"use": "toy", "weight": -1}}},
+        {"rewards": {"a": {"use": "toy", "weight": math.inf}}},
+        {"max_failed_share": 1.5},
+    ],
+)
+def test_impossible_objectives_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        ObjectiveConfig.model_validate(fields)
+
+
+def test_too_many_failures_stop_the_run() -> None:
+    objective = Objective(config(failure_window=8), {"style": ToyReward()})
+    for _ in range(20):
+        objective.observe("style", torch.tensor([True, False]))
+    with pytest.raises(ScoringError, match="reward 'style': 6 of its last 8 scores"):
+        objective.observe("style", torch.tensor([False, False, False]))
+
+
+def test_few_scores_are_no_verdict_and_a_term_may_have_its_own_limit() -> None:
+    objective = Objective(config(failure_window=8), {"style": ToyReward()})
+    objective.observe("style", torch.zeros(7, dtype=torch.bool))
+    with pytest.raises(ScoringError, match="8 of its last 8"):
+        objective.observe("style", torch.zeros(1, dtype=torch.bool))
+    lenient = config(rewards={"style": {"use": "toy", "max_failed_share": 1.0}}, failure_window=2)
+    Objective(lenient, {"style": ToyReward()}).observe("style", torch.zeros(9, dtype=torch.bool))
+
+
+def test_failures_are_remembered_over_a_resume() -> None:
+    first = Objective(config(failure_window=4), {"style": ToyReward()})
+    first.observe("style", torch.tensor([True, False, False]))
+    second = Objective(config(failure_window=4), {"style": ToyReward()})
+    second.load_state(first.state())
+    with pytest.raises(ScoringError, match="3 of its last 4"):
+        second.observe("style", torch.tensor([False]))
+    with pytest.raises(CheckpointError, match="other"):
+        second.load_state({"failed": {"other": []}})
