@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rewardgen.errors import CheckpointError
 
-Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 FORMAT, VERSION = "rewardgen-checkpoint", 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -144,20 +144,21 @@ def file_sha256(path: Path) -> str:
 def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
     path = folder / TENSORS
     save_file(_unshared(tensors), path, metadata={"format": "pt"})
+    try:
+        # As it will be read back: keys become strings and tuples lists, and the hash is of that.
+        plain = json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the state of step {step} cannot be saved as JSON: {error}") from error
     document = {
         "format": FORMAT,
         "version": VERSION,
         "step": step,
         "tensors": {"bytes": path.stat().st_size, "sha256": file_sha256(path)},
-        "state": state,
+        "state": plain,
     }
-    try:
-        document["sha256"] = _self_hash(document)
-        text = json.dumps(document, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE}: the state is not JSON: {error}") from error
+    document["sha256"] = _self_hash(document)
     with (folder / STATE).open("x", encoding="utf-8") as file:
-        file.write(text)
+        json.dump(document, file, indent=1)
     for name in (path, folder / STATE, folder):
         _sync(name)
 
@@ -238,7 +239,9 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not a state of '{FORMAT}'")
     if document.get("version") != VERSION:
         found = document.get("version")
-        raise CheckpointError(f"{file}: format version {found!r}, but this rewardgen reads {VERSION}; use the other's")
+        raise CheckpointError(
+            f"{file}: format version {found!r}, this rewardgen reads {VERSION}; use the one that wrote it"
+        )
     if document.pop("sha256", None) != _self_hash(document):
         raise CheckpointError(f"{file}: damaged: its content does not match its SHA-256")
     return document

@@ -113,7 +113,7 @@ def test_the_refl_forward_is_the_rollouts_own() -> None:
 def test_window_gradients_agree_with_finite_differences(window: WindowConfig) -> None:
     policy = ToyPolicy(dtype="float64")
     trajectory = draw(policy, window.entry_bounds(NUM_STEPS)[0], torch.float64)
-    parameters = list(policy.parameters())
+    parameters: list[Tensor] = list(policy.parameters())
 
     def loss() -> Tensor:
         clean_BLC = run_window(the_velocity(policy), trajectory, window, enable_grad=True)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import random
 import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from rewardgen.objective import Objective, ObjectiveConfig
 from rewardgen.rollout import RolloutConfig, RolloutWorker
 from rewardgen.seeds import derive_seed
 from rewardgen.trainer import TrainConfig, Trainer, choose_device
-from rewardgen.types import StepReport
+from rewardgen.types import Score, StepReport
 from tests.toys import ToyDataset, ToyPolicy, ToyReward
 
 ROLLOUT = RolloutConfig.model_validate(
@@ -109,6 +111,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, 
     resumed.run()
     assert said(all_reports) == said(first_reports) + said(last_reports)
     assert same_state(whole, resumed)
+
+
+def test_plug_ins_that_use_the_global_generators_repeat_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[tuple[float, float, float]] = []
+    score = ToyReward.score
+
+    def noisy(self: ToyReward, *args: Any) -> Score:
+        draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+        return score(self, *args)
+
+    monkeypatch.setattr(ToyReward, "score", noisy)
+    for _ in range(2):
+        make(tmp_path)[0].run()
+        torch.rand(3)
+    assert draws[:12] == draws[12:]
+    assert len(set(draws)) == 12
 
 
 def test_cutting_the_batch_differently_gives_the_same_run(tmp_path: Path) -> None:
@@ -225,7 +243,7 @@ def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
         ({"train": {"batch_size": 1}}, "examples in a step = 4"),
     ):
         with pytest.raises(CheckpointError, match=what):
-            make(tmp_path, **other)[0].resume()  # type: ignore[arg-type]
+            make(tmp_path, **other)[0].resume()
     make(tmp_path, train={"batch_size": 4, "accumulation": 1})[0].resume()
 
 
@@ -240,8 +258,9 @@ def test_empty_data_and_missing_devices_are_refused(tmp_path: Path) -> None:
 
 
 def test_seeds_depend_on_every_part_and_its_order() -> None:
-    seeds = {derive_seed(*parts) for parts in [(1, "a"), ("a", 1), ("1", "a"), (1, "a", 0), (1, "b"), (2, "a"), (1,)]}
-    assert len(seeds) == 7
+    parts: list[tuple[int | str, ...]] = [(1, "a"), ("a", 1), ("1", "a"), (1, "a", 0), (1, "b"), (2, "a"), (1,)]
+    seeds = {derive_seed(*part) for part in parts}
+    assert len(seeds) == len(parts)
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Checkpoints outlive versions of Python and of this project: the value must stay what it was.
     assert derive_seed(0, "rollout", 3, "x") == 3_012_212_647_644_276_959
