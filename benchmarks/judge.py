@@ -50,8 +50,10 @@ def draw(policy: UsoPolicy, examples: list[Example], num_steps: int = 10) -> Ten
         batch = examples[start : start + 20]
         noise = noise_like_request(policy, range(start, start + len(batch)), SIZE)
         with torch.no_grad():
-            velocity = policy.velocity_fn(policy.encode(batch), mode="sample")
-            latents = sample(velocity, noise, policy.sigmas(num_steps, SIZE), start=0, stop=num_steps, enable_grad=False)
+            velocity = policy.velocity_fn(policy.encode(batch), mode="sample", image_size=SIZE)
+            latents = sample(
+                velocity, noise, policy.sigmas(num_steps, SIZE), start=0, stop=num_steps, enable_grad=False
+            )
             pictures.append(policy.decode(latents, SIZE).clamp(0, 1))
     return torch.cat(pictures)
 
@@ -76,7 +78,10 @@ def main() -> None:
     arguments = parser.parse_args()
     world = TinyWorld("held_out", arguments.examples, seed=2)
     examples = [world[i] for i in range(len(world))]
-    csd, witness = CsdReward.from_pretrained(str(ASSETS / "csd.safetensors")).eval().requires_grad_(False), StyleWitness()
+    csd, witness = (
+        CsdReward.from_pretrained(str(ASSETS / "csd.safetensors")).eval().requires_grad_(False),
+        StyleWitness(),
+    )
     drawn = draw(base_policy(), examples)
     few = examples[:40]
     climbed = ascend(csd, drawn[:40], few)

@@ -7,7 +7,6 @@ S style tokens, H width of the DiT, Q pooled text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -60,21 +59,18 @@ def grouped_velocity(
     transformer: FluxTransformer2DModel,
     groups: Sequence[Group],
     guidance_B: Tensor,
-    token_ids: Callable[[Group, int], Tensor],
+    ids_of: Callable[[Group], Tensor],
 ) -> VelocityFn:
     """`(latents_BLP, t_B) -> velocity_BLP` for a batch split into groups of equal layout.
 
     Args:
         groups: together they hold every example once.
-        token_ids: position ids [S + T + L + R, 3] of a group, given the number of target tokens L.
+        ids_of: position ids [S + T + L + R, 3] of a group.
     """
     members = [torch.tensor(group.members, device=guidance_B.device) for group in groups]
     order = torch.cat(members).argsort()
 
-    @cache  # the rotary factors do not change from step to step
-    def rotary(index: int, length: int) -> tuple[Tensor, Tensor]:
-        cosine, sine = transformer.pos_embed(token_ids(groups[index], length))
-        return cosine, sine
+    rotary = [transformer.pos_embed(ids_of(group)) for group in groups]  # the same at every step
 
     def velocity(latents_BLP: Tensor, t_B: Tensor) -> Tensor:
         t_B = t_B.to(latents_BLP.device)
@@ -88,7 +84,7 @@ def grouped_velocity(
                 pooled_BQ=group.pooled_BQ,
                 t_B=t_B[members[index]],
                 guidance_B=guidance_B[members[index]],
-                rotary=rotary(index, latents_BLP.shape[1]),
+                rotary=rotary[index],
             )
             for index, group in enumerate(groups)
         ]

@@ -6,7 +6,6 @@ tokens, P packed latent channels, V SigLIP tokens, D their width, H and W pixels
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -290,17 +289,17 @@ class UsoPolicy(Policy):
         condition: Condition,
         *,
         mode: Mode,
-        image_size: tuple[int, int] | None = None,
+        image_size: tuple[int, int],
         guidance_B: Tensor | None = None,
     ) -> VelocityFn:
         """`(latents_BLP, t_B) -> velocity_BLP` for a condition; style tokens are made here, once.
 
         Args:
-            image_size: (height, width) of the picture, which the position ids need. Without it the picture is square.
+            image_size: (height, width) of the picture, which the position ids need.
             guidance_B: a guidance of its own for each sample, in place of the mode's.
 
         Raises:
-            ConfigError: a token count that is no square, where `image_size` is not given.
+            ConfigError: a size the model cannot draw, or style pictures without a projector.
         """
         if not isinstance(condition, UsoCondition):
             raise TypeError(f"UsoPolicy needs the UsoCondition that it encoded, not a {type(condition).__name__}")
@@ -310,12 +309,13 @@ class UsoPolicy(Policy):
             guidance_B = torch.full((len(condition),), guidance)
         groups = group_by_layout(condition, self._style_tokens(condition), self.transformer.config.in_channels, device)
 
-        def token_ids(group: Group, length: int) -> Tensor:
-            target = _square(length) if image_size is None else self._grid(image_size)
+        target = self._grid(image_size)
+
+        def ids_of(group: Group) -> Tensor:
             text_ids = torch.zeros(group.style_BSH.shape[1] + group.text_BTD.shape[1], 3)
             return torch.cat([text_ids, *image_ids(target, group.grids, self.pe)]).to(device)
 
-        return grouped_velocity(self.transformer, groups, guidance_B.to(device), token_ids)
+        return grouped_velocity(self.transformer, groups, guidance_B.to(device), ids_of)
 
     def _style_tokens(self, condition: UsoCondition) -> list[Tensor]:
         """Style tokens [S, H] of each example; the projector runs once over all style pictures of the batch."""
@@ -348,13 +348,6 @@ class UsoPolicy(Policy):
         if "transformer" in self.trained_parts:
             written["transformer"] = official.save_transformer(self.transformer, folder / "transformer")
         return written
-
-
-def _square(num_tokens: int) -> Grid:
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens:
-        raise ConfigError(f"{num_tokens} tokens make no square picture: give `velocity_fn` its image_size")
-    return side, side
 
 
 def _check_choice(name: str, values: Sequence[str], choices: Any) -> None:

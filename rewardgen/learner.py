@@ -23,10 +23,10 @@ from rewardgen.gradients import TermSums, cosines, differentiate, global_norm, n
 from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective, masked_sum
 from rewardgen.optimizer import Optimizer, OptimizerConfig
-from rewardgen.policy import Policy
+from rewardgen.policy import Mode, Policy
 from rewardgen.reward import score
 from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
-from rewardgen.types import Example, Rollout, StepReport
+from rewardgen.types import Condition, Example, Rollout, StepReport, VelocityFn
 
 __all__ = ["Learner", "MicroBatch", "OptimizerConfig"]
 
@@ -155,7 +155,8 @@ class Learner:
         clean_BLC = self.policy.encode_pixels(targets_B3HW.to(device_of(self.policy)))
         t_B, noise_BLC = draw_times_and_noise(seed_B, clean_BLC, self.policy.training_sigmas(batch.image_size))
         with torch.enable_grad():
-            velocity = velocity_fn(self.policy, self.policy.encode(examples), mode="train", precision=self.precision)
+            condition = self.policy.encode(examples)
+            velocity = self._velocity(condition, "train", batch.image_size)
             loss = flow_matching_loss(velocity, clean_BLC, noise_BLC, t_B).sum()
         sums.add(FLOW_MATCHING, loss, len(examples))
         sums.add_gradient(FLOW_MATCHING, differentiate(loss, self._parameters))
@@ -172,7 +173,7 @@ class Learner:
         examples = rollout.examples
         with torch.enable_grad(), clock.phase("window"):
             condition = self.policy.encode(examples)
-            velocity = velocity_fn(self.policy, condition, mode="sample", precision=self.precision)
+            velocity = self._velocity(condition, "sample", image_size)
             clean_BLC = run_window(velocity, rollout.trajectory, self.window, enable_grad=True)
         with torch.enable_grad(), clock.phase("decode"):
             pixels_B3HW = self.policy.decode(clean_BLC, image_size)
@@ -196,6 +197,9 @@ class Learner:
             for left, (name, grad_B3HW) in zip(reversed(range(len(pixel_grads))), pixel_grads.items(), strict=True):
                 gradient = differentiate(pixels_B3HW, self._parameters, grad_B3HW, keep_graph=left > 0)
                 sums.add_gradient(name, gradient)
+
+    def _velocity(self, condition: Condition, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:
+        return velocity_fn(self.policy, condition, mode=mode, image_size=image_size, precision=self.precision)
 
     def _count(self, applied: bool, finite: bool, *, culprits: Iterable[str], step: int) -> None:
         self.version += applied

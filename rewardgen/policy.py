@@ -26,8 +26,8 @@ class Policy(nn.Module, ABC):
         """Run the frozen encoders once for a batch (any number and size of references). Never builds a graph."""
 
     @abstractmethod
-    def velocity_fn(self, condition: Condition, *, mode: Mode) -> VelocityFn:
-        """Return `(latents_BLC, t_B) -> velocity_BLC` for a condition.
+    def velocity_fn(self, condition: Condition, *, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:
+        """Return `(latents_BLC, t_B) -> velocity_BLC` for a condition and pictures of (height, width).
 
         `train` is the model as trained (guidance 1), `sample` as sampled (guidance of the release). What depends
         on trainable weights but not on the step (the style tokens) is computed here, once, under the caller's

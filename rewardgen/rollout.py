@@ -72,7 +72,13 @@ class RolloutWorker:
             sigmas_T = self.policy.sigmas(request.num_steps, request.image_size)
             condition = self.policy.encode(request.examples)
             entry_BLC = sample(
-                velocity_fn(self.policy, condition, mode="sample", precision=self.precision),
+                velocity_fn(
+                    self.policy,
+                    condition,
+                    mode="sample",
+                    image_size=request.image_size,
+                    precision=self.precision,
+                ),
                 noise_BLC.to(device_of(self.policy)),
                 sigmas_T,
                 start=0,
@@ -105,7 +111,9 @@ def device_of(policy: Policy) -> torch.device:
     return next(iter(policy.trainable().values())).device
 
 
-def velocity_fn(policy: Policy, condition: Condition, *, mode: Mode, precision: Precision) -> VelocityFn:
+def velocity_fn(
+    policy: Policy, condition: Condition, *, mode: Mode, image_size: tuple[int, int], precision: Precision
+) -> VelocityFn:
     """The policy's velocity in the given precision; used alike by rollouts and by the learner.
 
     Each forward has an autocast region of its own: its cache of cast weights must not outlive a gradient mode.
@@ -115,7 +123,7 @@ def velocity_fn(policy: Policy, condition: Condition, *, mode: Mode, precision: 
         return torch.autocast(device_of(policy).type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     with region():
-        inner = policy.velocity_fn(condition, mode=mode)
+        inner = policy.velocity_fn(condition, mode=mode, image_size=image_size)
 
     def velocity(latents_BLC: Tensor, t_B: Tensor) -> Tensor:
         with region():

@@ -79,9 +79,11 @@ def written_out(policy: ToyPolicy, batch: MicroBatch, reward_weights: dict[str, 
     clean_BLC = policy.encode_pixels(torch.stack([e.target for e in batch.examples if e.target is not None]))
     t_B, noise_BLC = draw_times_and_noise(batch.seed_B, clean_BLC, policy.training_sigmas(IMAGE_SIZE))
     condition = policy.encode(batch.examples)
-    l_pre = flow_matching_loss(policy.velocity_fn(condition, mode="train"), clean_BLC, noise_BLC, t_B).mean()
+    l_pre = flow_matching_loss(
+        policy.velocity_fn(condition, mode="train", image_size=IMAGE_SIZE), clean_BLC, noise_BLC, t_B
+    ).mean()
     assert batch.rollout is not None
-    velocity = policy.velocity_fn(condition, mode="sample")
+    velocity = policy.velocity_fn(condition, mode="sample", image_size=IMAGE_SIZE)
     picture = policy.decode(run_window(velocity, batch.rollout.trajectory, WINDOW, enable_grad=True), IMAGE_SIZE)
     reward = ToyReward().score(picture, batch.examples).value_B.mean()
     return l_pre - sum(reward_weights.values()) * reward

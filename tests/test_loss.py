@@ -56,7 +56,9 @@ def test_gradient_agrees_with_finite_differences() -> None:
 
     def loss(inner: Tensor) -> Tensor:
         policy.inner.data = inner.detach()
-        return flow_matching_loss(policy.velocity_fn(condition, mode="train"), clean(), noise_BLC, t_B).sum()
+        return flow_matching_loss(
+            policy.velocity_fn(condition, mode="train", image_size=IMAGE_SIZE), clean(), noise_BLC, t_B
+        ).sum()
 
     start = policy.inner.detach().clone()
     (grad,) = torch.autograd.grad(loss(start), [policy.inner])

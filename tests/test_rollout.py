@@ -32,7 +32,7 @@ def test_a_rollout_is_the_sampler_from_seeded_noise() -> None:
     policy = ToyPolicy()
     rollout = RolloutWorker(policy).rollout(request(), weights_of(policy, 9))
     expected = sample(
-        policy.velocity_fn(policy.encode(request().examples), mode="sample"),
+        policy.velocity_fn(policy.encode(request().examples), mode="sample", image_size=IMAGE_SIZE),
         noise_like_request(policy, (5, 6, 7), IMAGE_SIZE),
         policy.sigmas(4, IMAGE_SIZE),
         start=0,

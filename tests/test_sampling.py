@@ -24,7 +24,7 @@ WINDOWS = [
 
 
 def the_velocity(policy: ToyPolicy) -> VelocityFn:
-    return policy.velocity_fn(policy.encode(ToyDataset(3).examples), mode="sample")
+    return policy.velocity_fn(policy.encode(ToyDataset(3).examples), mode="sample", image_size=IMAGE_SIZE)
 
 
 def noise(dtype: torch.dtype = torch.float32) -> Tensor:

@@ -359,16 +359,6 @@ def test_sizes_schedules_and_pixels() -> None:
     assert policy.decode(latents, SIZE).shape == pixels.shape
 
 
-def test_square_is_assumed_only_where_it_can_be() -> None:
-    policy = make_policy("lora")
-    velocity = policy.velocity_fn(policy.encode(EXAMPLES[:1]), mode="sample")
-    latents = noise_like_request(policy, [0], (16, 16))
-    explicit = policy.velocity_fn(policy.encode(EXAMPLES[:1]), mode="sample", image_size=(16, 16))
-    assert torch.equal(velocity(latents, TIMES[:1]), explicit(latents, TIMES[:1]))
-    with pytest.raises(ConfigError, match="24 tokens make no square"):
-        velocity(noise_like_request(policy, [0], SIZE), TIMES[:1])
-
-
 def test_sampled_encoding_belongs_to_the_picture() -> None:
     mean = make_policy("lora")
     first, second = (make_policy("lora", vae_encode="sample") for _ in range(2))
@@ -412,7 +402,7 @@ def test_impossible_inputs_are_refused() -> None:
         bare.encode([Example(id="thin", content_refs=(picture(0, 2, 90),))])
     unprojected = UsoPolicy(make_parts(), None, train=(), content_long_side=16, max_text_tokens=5)
     with pytest.raises(ConfigError, match="no `projector`"):
-        unprojected.velocity_fn(unprojected.encode(EXAMPLES[1:2]), mode="sample")
+        unprojected.velocity_fn(unprojected.encode(EXAMPLES[1:2]), mode="sample", image_size=SIZE)
     with pytest.raises(CheckpointError, match="at least 20 layers"):
         select_levels([torch.zeros(1, 4, 8)] * 12)
 

@@ -43,7 +43,8 @@ def test_pictures_are_a_function_of_content_style_and_seed() -> None:
     content, style = draw_contents(6, 1), draw_styles(6, 2)
     pixels = render(content, style, 3)
     assert pixels.shape == (6, 3, 64, 64)
-    assert float(pixels.min()) >= 0 and float(pixels.max()) <= 1
+    assert float(pixels.min()) >= 0
+    assert float(pixels.max()) <= 1
     assert torch.equal(pixels, render(content, style, 3))
     one = render(take(content, torch.tensor([4])), replace(take(style, torch.tensor([4])), grain_N=torch.zeros(1)))
     assert torch.allclose(one[0], render(content, replace(style, grain_N=torch.zeros(6)))[4], atol=1e-6)
@@ -75,11 +76,13 @@ def test_similarity_is_one_on_itself_symmetric_and_falls_when_spoiled() -> None:
     own = style_similarity(style, style)
     assert torch.allclose(own.diag(), torch.ones(60), atol=1e-3)
     assert torch.allclose(own, own.T, atol=1e-5)
-    assert float(own.min()) >= 0 and float(own.max()) <= 1 + 1e-6
+    assert float(own.min()) >= 0
+    assert float(own.max()) <= 1 + 1e-6
     halfway = replace(style, background_N3=torch.lerp(style.background_N3, other.background_N3, 0.5))
     one, half = style_similarity(style, style).diag(), style_similarity(style, halfway).diag()
     full = style_similarity(style, replace(style, background_N3=other.background_N3)).diag()
-    assert bool((one > half).all()) and float((half - full).mean()) > 0.02
+    assert bool((one > half).all())
+    assert float((half - full).mean()) > 0.02
 
 
 def test_spoiling_changes_the_style_and_never_the_truth_it_came_from() -> None:
@@ -175,4 +178,5 @@ def test_autoencoder_recipe_learns() -> None:
 
 def test_photo_styles_are_plain() -> None:
     photo = draw_photo_styles(20, 1)
-    assert float(photo.amount_N.max()) == 0 and float(photo.outline_N.max()) == 0
+    assert float(photo.amount_N.max()) == 0
+    assert float(photo.outline_N.max()) == 0

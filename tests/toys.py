@@ -67,7 +67,7 @@ class ToyPolicy(Policy):
             parts.append(torch.stack([ref.mean(dim=(1, 2)) for ref in refs]).mean(0) if refs else torch.zeros(3))
         return torch.cat([part.to(self.inner) for part in parts])
 
-    def velocity_fn(self, condition: Condition, *, mode: Mode) -> VelocityFn:
+    def velocity_fn(self, condition: Condition, *, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:
         assert isinstance(condition, ToyCondition)
         guidance = 0.25 if mode == "train" else 1.0
 

@@ -124,7 +124,7 @@ def train_stage(
         clean_BLC = latents_NLC[index_B]
         noise_BLC = torch.randn(clean_BLC.shape, generator=rng)
         t_B = times_N[torch.randint(times_N.numel(), (recipe.batch,), generator=rng)]
-        velocity = policy.velocity_fn(policy.encode(examples), mode="train")
+        velocity = policy.velocity_fn(policy.encode(examples), mode="train", image_size=(SIDE, SIDE))
         loss = flow_matching_loss(velocity, clean_BLC, noise_BLC, t_B).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -134,7 +134,10 @@ def train_stage(
         torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - keep)
         recent += float(loss.detach())
         if step % 100 == 99:
-            print(f"{recipe.name}: {step + 1}/{steps} loss {recent / 100:.4f} {time.perf_counter() - began:.0f}s", flush=True)
+            print(
+                f"{recipe.name}: {step + 1}/{steps} loss {recent / 100:.4f} {time.perf_counter() - began:.0f}s",
+                flush=True,
+            )
             recent = 0.0
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):
@@ -161,9 +164,7 @@ def dropped(examples: list[Example], drop: tuple[float, float, float], rng: torc
 def build(folder: Path, steps_factor: float) -> dict[str, float]:
     """Pre-training, stage 1, stage 2; writes the transformer as a diffusers folder and USO's two files."""
     world = TinyWorld("train", max(64, round(TRIPLETS * min(1.0, steps_factor))), seed=1)
-    projector = StyleProjector(
-        num_tokens=64, token_dim=48, tokens_per_level=STYLE_TOKENS, hidden_size=WIDTH
-    )
+    projector = StyleProjector(num_tokens=64, token_dim=48, tokens_per_level=STYLE_TOKENS, hidden_size=WIDTH)
     loaded = parts(folder, transformer())
 
     def policy(*train: str) -> UsoPolicy:
@@ -203,5 +204,5 @@ def held_out_loss(policy: UsoPolicy, n: int = 128) -> float:
     clean = policy.encode_pixels(torch.stack([e.target for e in examples if e.target is not None]))
     noise, t = torch.randn(clean.shape, generator=rng), torch.rand(n, generator=rng)
     with torch.no_grad():
-        velocity = policy.velocity_fn(policy.encode(examples), mode="train")
+        velocity = policy.velocity_fn(policy.encode(examples), mode="train", image_size=(SIDE, SIDE))
         return float(flow_matching_loss(velocity, clean, noise, t).mean())

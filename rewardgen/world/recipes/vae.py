@@ -40,7 +40,9 @@ def make(steps_factor: float = 1.0) -> AutoencoderKL:
         train_round(vae, recipe, recipe.scaled(steps_factor), edge_weight, square_weight)
     with torch.no_grad():
         latents = vae.encode(pictures(256, 7) * 2 - 1).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 4), shift_factor=round(float(latents.mean()), 4))
+    vae.register_to_config(
+        scaling_factor=round(float(1 / latents.std()), 4), shift_factor=round(float(latents.mean()), 4)
+    )
     return vae.eval()
 
 

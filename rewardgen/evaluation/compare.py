@@ -1,0 +1,324 @@
+"""Paired comparison of two policies on the same examples and noise, and how near the better comes to the truth.
+
+Shape suffixes: N examples, R bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, Literal, TypeAlias
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewardgen.errors import UserError
+from rewardgen.evaluation.evaluate import Evaluation, join, score_pixels
+from rewardgen.reward import Reward
+from rewardgen.types import Example, Score
+
+Method: TypeAlias = Literal["t", "bootstrap"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """An estimate and its confidence limits, None where the data do not give any."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricComparison:
+    """One metric, before and after training.
+
+    Args:
+        name: of the metric.
+        base: mean before, over the examples valid in both; None if there are none.
+        trained: mean after, over the same.
+        change: mean difference and its paired interval.
+        valid: examples valid in both.
+        base_valid: examples valid before.
+        trained_valid: examples valid after.
+        ceiling: mean of the true pictures over those of the same examples that have one.
+        gap_closed: (trained - base) / (ceiling - base), see `gap_closed`.
+    """
+
+    name: str
+    base: float | None
+    trained: float | None
+    change: Interval | None
+    valid: int
+    base_valid: int
+    trained_valid: int
+    ceiling: float | None = None
+    gap_closed: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """All metrics of two evaluations of the same examples."""
+
+    rows: tuple[MetricComparison, ...]
+    num_examples: int
+    confidence: float
+    method: Method
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, by the fields' names."""
+        return asdict(self)
+
+
+def compare(
+    base: Evaluation,
+    trained: Evaluation,
+    *,
+    ceiling: Evaluation | None = None,
+    method: Method = "t",
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare example by example; a score that is not valid on either side leaves the pair out, and is counted.
+
+    Args:
+        base: evaluation before training.
+        trained: evaluation after it, of the same examples and metrics.
+        ceiling: scores of the true pictures (`target_scores`).
+        method: interval of the change: Student's t on the differences, or the percentile bootstrap over examples.
+        confidence: of the intervals, in (0, 1).
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: the evaluations are of different examples or metrics.
+    """
+    for other in (trained, ceiling) if ceiling else (trained,):
+        if other.example_ids != base.example_ids:
+            raise UserError("the evaluations are of different examples, or in another order: they cannot be paired")
+        if set(other.scores) != set(base.scores):
+            here, there = ", ".join(sorted(base.scores)), ", ".join(sorted(other.scores))
+            raise UserError(f"the evaluations have different metrics: {here} and {there}")
+    rows = []
+    for name, before in base.scores.items():
+        after, truth = trained.scores[name], ceiling.scores[name] if ceiling else None
+        both_N = before.valid_B & after.valid_B
+        all_N = both_N & truth.valid_B if truth else torch.zeros_like(both_N)
+        change = after.value_B[both_N] - before.value_B[both_N]
+        interval = (
+            _student(change, confidence) if method == "t" else _mean_bootstrap(change, confidence, resamples, seed)
+        )
+        gap = None
+        if truth:
+            three = (before.value_B[all_N], after.value_B[all_N], truth.value_B[all_N])
+            gap = gap_closed(*three, confidence=confidence, resamples=resamples, seed=seed)
+        rows.append(
+            MetricComparison(
+                name=name,
+                base=_mean(before.value_B[both_N]),
+                trained=_mean(after.value_B[both_N]),
+                change=interval,
+                valid=int(both_N.sum()),
+                base_valid=int(before.valid_B.sum()),
+                trained_valid=int(after.valid_B.sum()),
+                ceiling=_mean(truth.value_B[all_N]) if truth else None,
+                gap_closed=gap,
+            )
+        )
+    return Comparison(rows=tuple(rows), num_examples=len(base.example_ids), confidence=confidence, method=method)
+
+
+def gap_closed(
+    base_N: Tensor,
+    trained_N: Tensor,
+    ceiling_N: Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """How much of the way to the true pictures was gone: `(mean trained - mean base) / (mean ceiling - mean base)`.
+
+    The interval is the percentile bootstrap over examples. None where the ceiling is not above the base (there is no
+    gap), or no examples are given; no limits where the gap itself is not safely above zero, or for a single example.
+
+    Args:
+        base_N: valid values before training.
+        trained_N: after it, of the same examples.
+        ceiling_N: of their true pictures.
+        confidence: of the interval, in (0, 1).
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    if not len(base_N) or float((ceiling_N - base_N).mean()) <= 0:
+        return None
+    gain_N, gap_N = trained_N - base_N, ceiling_N - base_N
+    value = float(gain_N.mean() / gap_N.mean())
+    if len(base_N) == 1:
+        return Interval(value=value)
+    index_RN = _resample(len(base_N), resamples, seed)
+    gap_R = gap_N[index_RN].mean(1)
+    # A ratio whose denominator may well be zero has no finite interval (Fieller).
+    if float((gap_R <= 0).double().mean()) > (1 - confidence) / 2:
+        return Interval(value=value)
+    # The few resamples without a gap say nothing of how much of it was closed.
+    ratio_R = (gain_N[index_RN].mean(1) / gap_R)[gap_R > 0]
+    return _percentiles(value, ratio_R, confidence)
+
+
+def target_scores(examples: Sequence[Example], metrics: Mapping[str, Reward], *, batch_size: int = 16) -> Evaluation:
+    """Scores of the true pictures, the ceiling of each metric; an example without a target is not valid."""
+    return score_pictures(examples, [example.target for example in examples], metrics, batch_size=batch_size)
+
+
+def reference_scores(
+    examples: Sequence[Example], metrics: Mapping[str, Reward], *, image_size: tuple[int, int], batch_size: int = 16
+) -> dict[str, Evaluation]:
+    """Scores of pictures that no model drew, to read a table by.
+
+    `content copied` hands back the first content reference (right content, wrong style), `another's target` the true
+    picture of the next example that has one (a good picture with unrelated content and style).
+
+    Args:
+        examples: at least one.
+        metrics: by name.
+        image_size: (height, width) to which the pictures are resized.
+        batch_size: pictures scored at once.
+    """
+
+    def fitted(picture: Tensor | None) -> Tensor | None:
+        if picture is None or tuple(picture.shape[1:]) == image_size:
+            return picture
+        return F.interpolate(picture[None], image_size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+    content = [example.content_refs[0] if example.content_refs else None for example in examples]
+    having = [place for place, example in enumerate(examples) if example.target is not None]
+    others: list[Tensor | None] = [None] * len(examples)
+    if len(having) > 1:
+        for place, following in zip(having, having[1:] + having[:1], strict=True):
+            others[place] = examples[following].target
+    rows = {"content copied": content, "another's target": others}
+    return {
+        name: score_pictures(examples, [fitted(picture) for picture in pictures], metrics, batch_size=batch_size)
+        for name, pictures in rows.items()
+    }
+
+
+def score_pictures(
+    examples: Sequence[Example],
+    pictures: Sequence[Tensor | None],
+    metrics: Mapping[str, Reward],
+    *,
+    batch_size: int = 16,
+) -> Evaluation:
+    """Score given pictures [3, H, W] in [0, 1], one for each example and of any sizes; None is not valid."""
+    parts: dict[str, list[Score]] = {name: [] for name in metrics}
+    pairs = list(zip(examples, pictures, strict=True))
+    for shape, group in groupby(pairs, key=lambda pair: None if pair[1] is None else pair[1].shape):
+        run = list(group)
+        for start in range(0, len(run), batch_size):
+            batch = [example for example, _ in run[start : start + batch_size]]
+            given = [picture for _, picture in run[start : start + batch_size] if picture is not None]
+            scored = score_pixels(metrics, torch.stack(given), batch) if shape is not None else {}
+            missing = Score(
+                value_B=torch.full((len(batch),), torch.nan, dtype=torch.float64),
+                valid_B=torch.zeros(len(batch), dtype=torch.bool),
+            )
+            for name, scores in parts.items():
+                scores.append(scored.get(name, missing))
+    return Evaluation(
+        example_ids=tuple(example.id for example in examples),
+        scores={name: join(scores) for name, scores in parts.items()},
+    )
+
+
+def render_table(comparison: Comparison) -> Table:
+    """The comparison for a terminal."""
+    header, *rows = _cells(comparison)
+    table = Table(title=_title(comparison), title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def render_markdown(comparison: Comparison) -> str:
+    """The comparison as a Markdown table under one line of explanation."""
+    header, *rows = _cells(comparison)
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    lines.insert(1, "|" + "|".join([" --- "] + [" ---: "] * (len(header) - 1)) + "|")
+    return f"{_title(comparison)}\n\n" + "\n".join(lines) + "\n"
+
+
+def _title(comparison: Comparison) -> str:
+    kind = "Student's t" if comparison.method == "t" else "bootstrap"
+    share = f"{100 * comparison.confidence:g} %"
+    return f"{comparison.num_examples} held-out examples, paired; change with its {share} interval ({kind})"
+
+
+def _cells(comparison: Comparison) -> list[list[str]]:
+    """The table's text, header first; the last two columns only where there is a ceiling."""
+    with_ceiling = any(row.ceiling is not None for row in comparison.rows)
+    header = ["metric", "base", "trained", "change", "valid"] + ["target", "gap closed"] * with_ceiling
+    body = []
+    for row in comparison.rows:
+        cells = [row.name, _number(row.base), _number(row.trained), _interval(row.change, "{:+.4f}".format)]
+        cells.append(f"{row.valid}/{comparison.num_examples}")
+        if with_ceiling:
+            cells += [_number(row.ceiling), _interval(row.gap_closed, "{:.0%}".format)]
+        body.append(cells)
+    return [header, *body]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _interval(interval: Interval | None, form: Callable[[float], str]) -> str:
+    if interval is None:
+        return "-"
+    if interval.low is None or interval.high is None:
+        return form(interval.value)
+    return f"{form(interval.value)} ({form(interval.low)} to {form(interval.high)})"
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _student(change_N: Tensor, confidence: float) -> Interval | None:
+    """Mean and Student's t interval of paired differences."""
+    from scipy.stats import t
+
+    if not len(change_N):
+        return None
+    mean, n = float(change_N.mean()), len(change_N)
+    if n == 1:
+        return Interval(value=mean)
+    half = float(t.ppf((1 + confidence) / 2, n - 1)) * float(change_N.std()) / n**0.5
+    return Interval(value=mean, low=mean - half, high=mean + half)
+
+
+def _mean_bootstrap(change_N: Tensor, confidence: float, resamples: int, seed: int) -> Interval | None:
+    if not len(change_N):
+        return None
+    mean = float(change_N.mean())
+    if len(change_N) == 1:
+        return Interval(value=mean)
+    return _percentiles(mean, change_N[_resample(len(change_N), resamples, seed)].mean(1), confidence)
+
+
+def _resample(n: int, resamples: int, seed: int) -> Tensor:
+    return torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+
+
+def _percentiles(value: float, values_R: Tensor, confidence: float) -> Interval:
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(values_R, torch.tensor([tail, 1 - tail], dtype=values_R.dtype)).tolist()
+    return Interval(value=value, low=low, high=high)
