@@ -236,6 +236,7 @@ def _evaluate(experiment: Experiment, parts: Parts, *, averaged: bool = True) ->
             batch_size=settings.batch_size,
             seed=settings.seed,
             keep_pixels=settings.grid_examples,
+            precision=experiment.train.precision,
         )
 
 

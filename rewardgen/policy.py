@@ -52,7 +52,10 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents_BLC: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Clean latents -> pictures [B, 3, H, W], nominally in [0, 1] but not clamped, under the caller's gradient mode."""
+        """Clean latents -> pictures [B, 3, H, W], under the caller's gradient mode.
+
+        Nominally in [0, 1], but not clamped.
+        """
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -146,7 +146,7 @@ def render(content: Content, style: Style, seed: int = 0) -> Tensor:
 
 
 def spoil(style: Style, other: Style, seed: int) -> Style:
-    """What an imperfect styliser makes of a style: some keep a wrong palette, some smear the texture, some lose the outline."""
+    """What an imperfect styliser makes of a style: a wrong palette, a smeared texture, a lost outline."""
     rng = torch.Generator().manual_seed(seed)
     n = style.texture_N.shape[0]
     wrong = (torch.rand(n, generator=rng) < 0.4).float() * (0.35 + 0.5 * torch.rand(n, generator=rng))
