@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -103,17 +104,20 @@ def assemble(experiment: Experiment) -> Parts:
     )
 
 
-def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = False) -> None:
+def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = False) -> bool:
     """Train, evaluate before and after, and leave everything in the run's folder.
 
     The folder holds the resolved experiment, `manifest.json`, `metrics.jsonl`, checkpoints, the trained parts in
     their official format (`weights/`), the comparison and the picture grid.
 
+    Returns:
+        Whether the run is finished; False where a signal ended it early.
+
     Raises:
         UserError: bad input, or a run that cannot go on.
     """
     folder = folder or Path("runs") / experiment.name
-    console = Console()
+    console = _console()
     require_sources(experiment)
     _open_folder(folder, experiment, resume=resume)
     parts = assemble(experiment)
@@ -143,8 +147,9 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
         outcome = trainer.run()
     if outcome.interrupted:
         console.print(f"stopped after step {outcome.completed_steps}; go on with --resume --output {folder}")
-        return
+        return False
     _finish(experiment, parts, base, folder, console)
+    return True
 
 
 def evaluate_checkpoint(
@@ -173,7 +178,7 @@ def evaluate_checkpoint(
     if as_json:
         print(json.dumps({"checkpoint": str(path), "comparison": comparison.to_json()}, indent=1))
     else:
-        console = Console()
+        console = _console()
         console.print(f"{path} against the starting point")
         console.print(render_table(comparison))
 
@@ -186,7 +191,7 @@ def check(experiment: Experiment) -> None:
     Raises:
         UserError: a bundled asset is missing, or local weights do not fit together.
     """
-    console = Console()
+    console = _console()
     console.print(_as_yaml(experiment), markup=False, highlight=False, end="\n\n")
     require_sources(experiment)
     table = Table("key", "source", "kind", "place", box=None)
@@ -199,9 +204,9 @@ def check(experiment: Experiment) -> None:
     hub = [source.text for source in missing if source.kind.startswith("hub")]
     local = [source.text for source in missing if source.kind == "local"]
     if hub:
-        console.print(f"to be fetched from the hub when training starts: {', '.join(hub)}", soft_wrap=True)
+        console.print(f"to be fetched from the hub when training starts: {', '.join(hub)}")
     if local:
-        console.print(f"to be put in place before training: {', '.join(local)}", soft_wrap=True)
+        console.print(f"to be put in place before training: {', '.join(local)}")
     if not any(source.path.startswith("policy.") for source in missing):
         policy = make("policy", "policies", experiment.policy)
         policy.latent_shape(experiment.rollout.image_size)
@@ -285,6 +290,11 @@ def _weight_files(experiment: Experiment) -> dict[str, Path]:
         for source in sources.find_sources(plugin.args, f"{path}.args")
     }
     return {path: place for path, place in found.items() if place is not None}
+
+
+def _console() -> Console:
+    """Lines are left whole, and what is not read on a terminal has room for tables."""
+    return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
 
 
 def _as_yaml(experiment: Experiment) -> str:

@@ -45,7 +45,9 @@ def train(
     """Train, and compare held-out pictures before and after."""
     from rewardgen import build, config
 
-    build.train(config.load_experiment(experiment, flavor, overrides or ()), folder=output, resume=resume)
+    loaded = config.load_experiment(experiment, flavor, overrides or ())
+    if not build.train(loaded, folder=output, resume=resume):
+        raise typer.Exit(130)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 from rewardgen import sources
 from rewardgen.cli import main
+from rewardgen.trainer import Trainer
+from rewardgen.types import StepReport
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = """\
@@ -104,6 +107,28 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     code, _, err = run(capsys, "train", toy, "-o", str(parts), "--resume", "optimizer.lr=1e-3")
     assert code == 2
     assert "differs in optimizer.lr" in err
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint(
+    toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real SIGTERM in the middle of the second step: it is finished, saved, and the run goes on from there."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(capsys, "train", toy, "-o", str(whole))[0] == 0
+    step = Trainer.step
+
+    def interrupted(self: Trainer, number: int) -> StepReport:
+        if number == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        code, out, _ = run(capsys, "train", toy, "-o", str(parts))
+    assert code == 130
+    assert f"stopped after step 2; go on with --resume --output {parts}" in out
+    assert run(capsys, "train", toy, "-o", str(parts), "--resume")[0] == 0
+    assert (whole / "comparison.json").read_text() == (parts / "comparison.json").read_text()
 
 
 def test_check_says_what_is_read_and_what_is_trained(toy: str, capsys: pytest.CaptureFixture[str]) -> None:

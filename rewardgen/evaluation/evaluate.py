@@ -94,7 +94,7 @@ class Evaluation:
                 raise UserError(f"not an evaluation: metric '{name}' has {len(column)} values for {len(ids)} examples")
         scores = {
             name: Score(
-                value_B=torch.tensor([0.0 if v is None else v for v in column], dtype=torch.float64),
+                value_B=torch.tensor([torch.nan if v is None else v for v in column], dtype=torch.float64),
                 valid_B=torch.tensor([v is not None for v in column], dtype=torch.bool),
             )
             for name, column in columns.items()
@@ -143,7 +143,8 @@ def evaluate(
             batch = examples[start : start + batch_size]
             seed_B = [derive_seed(seed, "evaluation", example.id) for example in batch]
             noise_BLC = noise_like_request(policy, seed_B, image_size).to(device_of(policy))
-            velocity = velocity_fn(policy, policy.encode(batch), mode="sample", precision=precision)
+            condition = policy.encode(batch)
+            velocity = velocity_fn(policy, condition, mode="sample", image_size=image_size, precision=precision)
             clean_BLC = sample(velocity, noise_BLC, sigmas_T, start=0, stop=num_steps, enable_grad=False)
             pixels_B3HW = policy.decode(clean_BLC, image_size).clamp(0, 1)
             for name, scores in score_pixels(metrics, pixels_B3HW, batch).items():

@@ -16,6 +16,7 @@ from rewardgen.world.scenes import (
     draw_styles,
     render,
     spoil,
+    take,
 )
 
 _SEEDS = {"train": 1_000_000, "held_out": 2_000_000}
@@ -26,7 +27,8 @@ class TinyWorld:
 
     Training targets come from imperfect stylisers, as they do in reality: some keep a wrong palette, some smear the
     texture, some lose the outline. Held-out targets are the truth. `extras` hold the true picture (`truth`
-    [3, 64, 64]) and the true arrangement (`grid` [9]) for the witnesses.
+    [3, 64, 64]) and the true arrangement (`grid` [9]) for the witnesses, and the content in the style of the next
+    triplet (`another_style`), to read tables by.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class TinyWorld:
         self._prompts, self._grids = describe(content), content_grid(content)
         self._truth = _bytes(render(content, style, base + 4))
         self._target = self._truth if clean else _bytes(render(content, spoil(style, other, base + 5), base + 4))
+        neighbour = take(style, torch.arange(size).roll(-1))
+        self._another = _bytes(render(content, neighbour, base + 4))
         self._content = _bytes(render(content, photo))
         self._style = _bytes(render(draw_contents(size, base + 6, which), style, base + 7))
 
@@ -58,7 +62,11 @@ class TinyWorld:
             content_refs=(self._content[index] / 255,),
             style_refs=(self._style[index] / 255,),
             target=self._target[index] / 255,
-            extras={"truth": self._truth[index] / 255, "grid": self._grids[index]},
+            extras={
+                "truth": self._truth[index] / 255,
+                "grid": self._grids[index],
+                "another_style": self._another[index] / 255,
+            },
         )
 
 
