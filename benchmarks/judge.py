@@ -25,22 +25,10 @@ from rewardgen.rewards.csd import CsdReward
 from rewardgen.types import Example
 from rewardgen.world.build import ASSETS
 from rewardgen.world.dataset import TinyWorld
+from rewardgen.world.recipes.base import load_policy
 from rewardgen.world.witness import StyleWitness
 
 SIZE = (64, 64)
-
-
-def base_policy() -> UsoPolicy:
-    """The bundled base, which never saw a reward."""
-    return UsoPolicy.from_pretrained(
-        str(ASSETS / "base"),
-        siglip=str(ASSETS / "siglip"),
-        lora=str(ASSETS / "uso" / "dit_lora.safetensors"),
-        projector=str(ASSETS / "uso" / "projector.safetensors"),
-        sample_guidance=1.0,
-        content_long_side=64,
-        max_text_tokens=16,
-    )
 
 
 def draw(policy: UsoPolicy, examples: list[Example], num_steps: int = 10) -> Tensor:
@@ -82,7 +70,7 @@ def main() -> None:
         CsdReward.from_pretrained(str(ASSETS / "csd.safetensors")).eval().requires_grad_(False),
         StyleWitness(),
     )
-    drawn = draw(base_policy(), examples)
+    drawn = draw(load_policy(ASSETS), examples)
     few = examples[:40]
     climbed = ascend(csd, drawn[:40], few)
     result = {

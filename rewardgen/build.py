@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from rewardgen import plugins, sources, strict_yaml
 from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
@@ -121,13 +120,15 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
     require_sources(experiment)
     _open_folder(folder, experiment, resume=resume)
     parts = assemble(experiment)
-    write_manifest(folder, experiment=experiment.model_dump(mode="json"), weights=_weight_files(experiment))
-    with Reporter(folder, experiment.report, num_steps=experiment.train.num_steps) as reporter:
+    resolved = experiment.model_dump(mode="json")
+    write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
+    with Reporter(folder, experiment.report, num_steps=experiment.train.num_steps, experiment=resolved) as reporter:
         console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
         base = _evaluate(experiment, parts, averaged=False)
 
         def evaluate_now(step: int) -> None:
-            reporter.evaluation(step, _evaluate(experiment, parts).means())
+            if step < experiment.train.num_steps:  # the one at the end is made below
+                reporter.evaluation(step, _evaluate(experiment, parts).means())
 
         trainer = Trainer(
             parts.learner,
@@ -145,10 +146,13 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
         reporter.start(first)
         reporter.evaluation(0, base.means())
         outcome = trainer.run()
+        if not outcome.interrupted:
+            trained = _evaluate(experiment, parts)
+            reporter.evaluation(outcome.completed_steps, trained.means())
     if outcome.interrupted:
         console.print(f"stopped after step {outcome.completed_steps}; go on with --resume --output {folder}")
         return False
-    _finish(experiment, parts, base, folder, console)
+    _finish(experiment, parts, base, trained, folder)
     return True
 
 
@@ -194,13 +198,13 @@ def check(experiment: Experiment) -> None:
     console = _console()
     console.print(_as_yaml(experiment), markup=False, highlight=False, end="\n\n")
     require_sources(experiment)
-    table = Table("key", "source", "kind", "place", box=None)
+    console.print("what it reads:")
     missing = []
     for path, _, plugin in plugins_in(experiment):
         for source in sources.find_sources(plugin.args, f"{path}.args"):
-            table.add_row(source.path, source.text, source.kind, str(source.location or "not here"))
+            place = f"in {source.location}" if source.location else "not here"
+            console.print(f"  {source.path}: {source.text} ({source.kind}), {place}", highlight=False, markup=False)
             missing += [source] if source.location is None else []
-    console.print(table)
     hub = [source.text for source in missing if source.kind.startswith("hub")]
     local = [source.text for source in missing if source.kind == "local"]
     if hub:
@@ -213,8 +217,8 @@ def check(experiment: Experiment) -> None:
         console.print(f"trained: {_count(policy)} parameters in {len(policy.trainable())} tensors")
 
 
-def _finish(experiment: Experiment, parts: Parts, base: Evaluation, folder: Path, console: Console) -> None:
-    trained = _evaluate(experiment, parts)
+def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Evaluation, folder: Path) -> None:
+    console = _console()
     comparison = _compare(parts, base, trained)
     with parts.learner.averaged():
         weights = parts.policy.save(folder / "weights")

@@ -1,19 +1,13 @@
-"""What a run says while it runs: `metrics.jsonl`, TensorBoard, wandb and the console; and the manifest of its origin."""
+"""What a run says while it runs: `metrics.jsonl`, TensorBoard, wandb and the console."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import os
-import platform
-import re
 import secrets
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
@@ -21,13 +15,13 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-import rewardgen
-from rewardgen.checkpoint import file_sha256
 from rewardgen.errors import UserError
+from rewardgen.manifest import redact
+from rewardgen.manifest import write_manifest as write_manifest
 from rewardgen.settings import Settings
 from rewardgen.types import StepReport
 
-METRICS, MANIFEST = "metrics.jsonl", "manifest.json"
+METRICS = "metrics.jsonl"
 
 
 class WandbConfig(Settings):
@@ -209,7 +203,12 @@ class _Screen:
     def start(self, first_step: int) -> None:
         self._since, self._steps = time.monotonic(), 0
         if self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}", markup=False),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=self.num_steps, completed=first_step)
             self._bar.start()
@@ -220,16 +219,14 @@ class _Screen:
         if self._bar:
             self._bar.update(self._task, completed=done, description=self._summary(report))
         elif done % self.log_every == 0 or done == self.num_steps or report.skipped:
-            self.console.print(
-                f"step {done}/{self.num_steps}  {self._summary(report)}", highlight=False, soft_wrap=True
-            )
+            self._print(f"step {done}/{self.num_steps}  {self._summary(report)}")
         else:
             return
         self._since, self._steps = time.monotonic(), 0
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.console.print(f"evaluation after {step} steps  {shown}", highlight=False, markup=False, soft_wrap=True)
+        self._print(f"evaluation after {step} steps  {shown}")
         self._since, self._steps = time.monotonic(), 0
 
     def stop(self) -> None:
@@ -237,71 +234,14 @@ class _Screen:
             self._bar.stop()
         self._bar = None
 
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def _summary(self, report: StepReport) -> str:
         seconds = (time.monotonic() - self._since) / self._steps
         rewards = [f"{name} {value:.4f}" for name, value in report.reward_means.items()]
         skipped = ["skipped: gradient not finite"] if report.skipped else []
         return "  ".join([f"loss {report.loss:.4f}", *rewards, f"{seconds:.2f} s/step", *skipped])
-
-
-def write_manifest(
-    folder: Path,
-    *,
-    experiment: Mapping[str, Any],
-    weights: Mapping[str, Path] | None = None,
-    seeds: Mapping[str, int] | None = None,
-) -> Path:
-    """Write `manifest.json`: what made this run. An older one is kept as `manifest-001.json` and so on.
-
-    It holds the experiment, versions, the checkout's commit, the weights' SHA-256, platform, devices and command
-    line; no environment variables, no host or user name of its own, and what looks like a secret is blotted out.
-
-    Args:
-        folder: the run's folder, made if missing.
-        experiment: the resolved experiment, as JSON.
-        weights: files or folders of files that the run reads, by a name of their use.
-        seeds: further seeds, by purpose.
-
-    Raises:
-        UserError: a file of weights cannot be read, or the manifest not be written.
-    """
-    try:
-        manifest = {
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "command": [_blot(argument) for argument in sys.argv],
-            "versions": _versions(),
-            "git": _git(Path(rewardgen.__file__).resolve().parent.parent),
-            "platform": {"system": platform.platform(), "machine": platform.machine(), "devices": _devices()},
-            "seeds": dict(seeds or {}),
-            "weights": {name: _hashes(path) for name, path in (weights or {}).items()},
-            "experiment": redact(experiment),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / MANIFEST
-        if path.exists():
-            number = next(n for n in range(1, 10**6) if not (folder / f"manifest-{n:03d}.json").exists())
-            path.rename(folder / f"manifest-{number:03d}.json")
-        path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: the manifest needs it: {error.strerror}") from error
-    return path
-
-
-_SECRET = re.compile(r"(?i)(^|[_.\-])(api_?key|key|token|secret|password|passwd|credentials?)$")
-
-
-def redact(value: Any, key: str = "") -> Any:
-    """A copy of nested JSON in which strings under keys such as `api_key` or `hub_token` are blotted out."""
-    if isinstance(value, Mapping):
-        return {name: redact(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(inner, key) for inner in value]
-    return "***" if isinstance(value, str) and _SECRET.search(key) else value
-
-
-def _blot(argument: str) -> str:
-    key, equals, _ = argument.partition("=")
-    return f"{key}=***" if equals and _SECRET.search(key) else argument
 
 
 def _door(name: Literal["wandb", "tensorboard"]) -> Callable[..., Any]:
@@ -314,7 +254,8 @@ def _door(name: Literal["wandb", "tensorboard"]) -> Callable[..., Any]:
             return init
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter
+        writer: Callable[..., Any] = SummaryWriter
+        return writer
     except ImportError as error:
         fix = "pip install 'rewardgen[wandb]'" if name == "wandb" else "pip install tensorboard"
         raise UserError(f"report.{name} is asked for, but {name} cannot be imported ({error}): {fix}") from None
@@ -358,46 +299,3 @@ def _line(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and {"kind", "step"} <= line.keys() else None
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "rewardgen": rewardgen.__version__}
-    for name in ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _git(checkout: Path) -> dict[str, Any] | None:
-    """Commit of the project's own checkout and whether anything differs from it; None outside of one."""
-
-    def ask(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(checkout), *command], capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-
-    try:
-        # An installed package may lie within some other repository, whose commit says nothing.
-        if not os.path.samefile(ask("rev-parse", "--show-toplevel"), checkout):
-            return None
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _devices() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def _hashes(path: Path) -> dict[str, Any]:
-    """Path and SHA-256 of a file, or of each file of a folder by its name there."""
-    if path.is_file():
-        return {"path": str(path), "sha256": file_sha256(path)}
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    if not files:
-        raise UserError(f"{path}: there are no weights")
-    return {"path": str(path), "sha256": {file.relative_to(path).as_posix(): file_sha256(file) for file in files}}

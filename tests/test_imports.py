@@ -22,6 +22,7 @@ RANKS = {
     "rewardgen.data": 1,
     "rewardgen.flow": 1,
     "rewardgen.interrupt": 1,
+    "rewardgen.manifest": 1,
     "rewardgen.measure": 1,
     "rewardgen.policy": 1,
     "rewardgen.report": 1,

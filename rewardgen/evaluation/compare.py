@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any, Literal, TypeAlias
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -239,9 +240,10 @@ def score_pictures(
 def render_table(comparison: Comparison) -> Table:
     """The comparison for a terminal."""
     header, *rows = _cells(comparison)
-    table = Table(title=_title(comparison), title_justify="left")
+    table = Table(title=_title(comparison), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+        # Where the terminal is narrow the intervals wrap; everything else stays in one piece.
+        table.add_column(name, justify="right" if number else "left", no_wrap=name not in ("change", "gap closed"))
     for row in rows:
         table.add_row(*row)
     return table

@@ -46,10 +46,10 @@ def pieces() -> dict[str, Piece]:
             encoders.build,
         ),
         "reader": Piece((reader.RECIPE,), ("vae",), ("reader.safetensors",), reader.build),
-        "csd": Piece((csd.RECIPE,), ("vae",), ("csd.safetensors",), csd.build),
         "base": Piece(
             (base.PRETRAIN, base.STAGE_1, base.STAGE_2), ("vae", "encoders"), ("base/transformer", "uso"), base.build
         ),
+        "csd": Piece(csd.ROUNDS, ("vae", "base"), ("csd.safetensors",), csd.build),
     }
 
 

@@ -123,10 +123,8 @@ def draw_photo_styles(n: int, seed: int) -> Style:
 def render(content: Content, style: Style, seed: int = 0) -> Tensor:
     """Pictures [N, 3, 64, 64] in [0, 1], anti-aliased; `seed` draws the grain only."""
     n = content.kind_NK.shape[0]
-    axis = torch.arange(SIDE) + 0.5
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    distance_NKHW = _signed_distances(content, x, y)
-    texture_N1HW = (_texture(style, x, y) * style.amount_N.view(n, 1, 1)).unsqueeze(1)
+    distance_NKHW = shape_distances(content)
+    texture_N1HW = (ink_field(style) * style.amount_N.view(n, 1, 1)).unsqueeze(1)
     ink_N311 = style.ink_N3.view(n, 3, 1, 1)
     on_background = (style.region_N != 1).float().view(n, 1, 1, 1)
     on_shapes = (style.region_N != 0).float().view(n, 1, 1, 1)
@@ -220,9 +218,10 @@ def _any_styles(n: int, rng: torch.Generator) -> Style:
     )
 
 
-def _signed_distances(content: Content, x: Tensor, y: Tensor) -> Tensor:
+def shape_distances(content: Content) -> Tensor:
     """Signed distance in pixels to each shape, [N, K, S, S]; positive outside, large where there is no shape."""
     n, k = content.kind_NK.shape
+    x, y = _pixel_centres()
     radius = content.radius_NK.view(n, k, 1, 1)
     dx = x - content.centre_NK2[..., 0].view(n, k, 1, 1)
     dy = y - content.centre_NK2[..., 1].view(n, k, 1, 1)
@@ -244,9 +243,10 @@ def _signed_distances(content: Content, x: Tensor, y: Tensor) -> Tensor:
     return torch.where((content.kind_NK < 0).view(n, k, 1, 1), torch.full_like(chosen, 1e3), chosen)
 
 
-def _texture(style: Style, x: Tensor, y: Tensor) -> Tensor:
-    """How much ink each pixel takes, [N, S, S] in [0, 1], edges about a pixel soft."""
+def ink_field(style: Style) -> Tensor:
+    """How much ink the texture puts on each pixel at full amount, [N, S, S] in [0, 1], edges about a pixel soft."""
     n = style.texture_N.shape[0]
+    x, y = _pixel_centres()
     c, s = style.angle_N.cos().view(n, 1, 1), style.angle_N.sin().view(n, 1, 1)
     omega = (2 * torch.pi / style.period_N).view(n, 1, 1)
     u, v = (c * x + s * y) * omega, (-s * x + c * y) * omega
@@ -262,6 +262,12 @@ def _texture(style: Style, x: Tensor, y: Tensor) -> Tensor:
     )[0]
     soft = torch.sigmoid(field * 2.0 / omega)
     return torch.where((style.texture_N == 0).view(n, 1, 1), torch.zeros_like(soft), soft)
+
+
+def _pixel_centres() -> tuple[Tensor, Tensor]:
+    axis = torch.arange(SIDE) + 0.5
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return x, y
 
 
 def _content_keys(content: Content) -> list[str]:

@@ -196,6 +196,19 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     return {"held_out_loss": held_out_loss(stage_2)}
 
 
+def load_policy(folder: Path) -> UsoPolicy:
+    """The base as bundled: transformer, projector and stage-2 LoRA from their files."""
+    return UsoPolicy.from_pretrained(
+        str(folder / "base"),
+        siglip=str(folder / "siglip"),
+        lora=str(folder / "uso" / "dit_lora.safetensors"),
+        projector=str(folder / "uso" / "projector.safetensors"),
+        sample_guidance=1.0,
+        content_long_side=SIDE,
+        max_text_tokens=MAX_WORDS,
+    )
+
+
 def held_out_loss(policy: UsoPolicy, n: int = 128) -> float:
     """Flow-matching loss on held-out triplets at fixed times and noise."""
     world = TinyWorld("held_out", n, seed=1)
