@@ -5,7 +5,7 @@ Two questions, asked before any policy is tuned against it:
 1. On pictures that the *policy* draws, does CSD rank them as the truth does (Spearman, style witness as truth)?
 2. How far do 200 steps of gradient ascent on the *pixels* raise CSD, and what does the truth say meanwhile?
 
-    python benchmarks/judge.py [--examples 200] [--out benchmarks/results/judge.json]
+    python benchmarks/judge.py [--examples 200] [--write]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -26,9 +27,10 @@ from rewardgen.types import Example
 from rewardgen.world.build import ASSETS
 from rewardgen.world.dataset import TinyWorld
 from rewardgen.world.recipes.base import load_policy
-from rewardgen.world.witness import StyleWitness
+from rewardgen.world.witness import StyleWitness, palette_distance, texture_distance
 
 SIZE = (64, 64)
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def draw(policy: UsoPolicy, examples: list[Example], num_steps: int = 10) -> Tensor:
@@ -62,7 +64,7 @@ def ascend(csd: CsdReward, pixels: Tensor, examples: list[Example], steps: int =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=200)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/judge.{json,md}")
     arguments = parser.parse_args()
     world = TinyWorld("held_out", arguments.examples, seed=2)
     examples = [world[i] for i in range(len(world))]
@@ -73,21 +75,48 @@ def main() -> None:
     drawn = draw(load_policy(ASSETS), examples)
     few = examples[:40]
     climbed = ascend(csd, drawn[:40], few)
+    truth = torch.stack([example.extras["truth"] for example in examples])
+
+    def means(pixels: Tensor, of: list[Example]) -> dict[str, float]:
+        target = torch.stack([example.extras["truth"] for example in of])
+        return {
+            "CSD": float(csd.score(pixels, of).value_B.mean()),
+            "style witness": float(witness.score(pixels, of).value_B.mean()),
+            "palette distance": float(palette_distance(pixels, target).mean()),
+            "texture distance": float(texture_distance(pixels, target).mean()),
+        }
+
+    csd_N = csd.score(drawn, examples).value_B
     result = {
         "examples": len(examples),
-        "spearman_csd_truth_on_policy_samples": float(
-            spearmanr(csd.score(drawn, examples).value_B, witness.score(drawn, examples).value_B).statistic
-        ),
-        "csd_before_ascent": float(csd.score(drawn[:40], few).value_B.mean()),
-        "csd_after_ascent": float(csd.score(climbed, few).value_B.mean()),
-        "truth_before_ascent": float(witness.score(drawn[:40], few).value_B.mean()),
-        "truth_after_ascent": float(witness.score(climbed, few).value_B.mean()),
-        "csd_of_targets": float(csd.score(torch.stack([e.extras["truth"] for e in examples]), examples).value_B.mean()),
+        "spearman_on_policy_samples": {
+            "style witness": _spearman(csd_N, witness.score(drawn, examples).value_B),
+            "palette distance": _spearman(csd_N, palette_distance(drawn, truth)),
+            "texture distance": _spearman(csd_N, texture_distance(drawn, truth)),
+        },
+        "policy samples": means(drawn[:40], few),
+        "after 200 steps of pixel ascent": means(climbed, few),
+        "true pictures": means(truth[:40], few),
     }
-    print(json.dumps(result, indent=1))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(render(result))
+    if arguments.write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "judge.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "judge.md").write_text(render(result))
+
+
+def render(result: dict[str, Any]) -> str:
+    """The figures in Markdown."""
+    rows = ("policy samples", "after 200 steps of pixel ascent", "true pictures")
+    names = list(result[rows[0]])
+    lines = ["| 40 held-out pairs | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    lines += [f"| {row} | " + " | ".join(f"{result[row][name]:.3f}" for name in names) + " |" for row in rows]
+    ranks = ", ".join(f"{value:+.2f} with the {name}" for name, value in result["spearman_on_policy_samples"].items())
+    return "\n".join([*lines, "", f"Rank correlation of CSD on {result['examples']} policy samples: {ranks}."]) + "\n"
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
 if __name__ == "__main__":

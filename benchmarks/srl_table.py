@@ -126,7 +126,9 @@ def main() -> None:
         raise SystemExit(1 if outdated else 0)
     for arm, seed in outdated:
         run_cell(arm, seed, arguments.runs)
-    TABLE.write_text(render(cells(), reference_rows()))
+    references = reference_rows()
+    (CELLS / "references.json").write_text(json.dumps(references, indent=1) + "\n")
+    TABLE.write_text(render(cells(), references))
     print(TABLE.read_text())
 
 

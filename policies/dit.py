@@ -7,13 +7,16 @@ S style tokens, H width of the DiT, Q pooled text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from rewardgen.policies.conditions import Group
 from rewardgen.types import VelocityFn
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
 
 def dit_velocity(

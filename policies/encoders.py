@@ -6,11 +6,11 @@ Shape suffixes: B batch, H and W pixels, T text tokens, D text width, Q pooled w
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
-from transformers import SiglipVisionModel
 
 from rewardgen.errors import ConfigError
 from rewardgen.policies.conditions import Reference
@@ -18,6 +18,10 @@ from rewardgen.policies.encodings import EncodingCache, content_hash
 from rewardgen.policies.packing import PATCH, pack, preprocess_reference, to_pil, to_signed
 from rewardgen.policies.parts import FluxParts, siglip_pixels
 from rewardgen.policies.projector import select_levels
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import SiglipVisionModel
 
 
 def encode_text(parts: FluxParts, prompt: str, max_tokens: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 safetensors only. Sizes come from the tensors. Every tensor is accounted for: one that is missing, extra or of
 another shape is a `CheckpointError` naming the tensor and the file.
+
+diffusers and peft take seconds to import, so the functions that make models import them, and checking an experiment
+does not.
 """
 
 from __future__ import annotations
@@ -9,10 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from torch import Tensor, nn
 from rewardgen.errors import CheckpointError
 from rewardgen.policies.layouts import Entry, flux_entries, from_official, lora_entries, to_official, vae_entries
 from rewardgen.policies.projector import StyleProjector
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 LORA_ADAPTER = "default"
 LORA_TARGETS = (
@@ -92,6 +97,8 @@ def load_transformer(path: Path, *, axes_dims_rope: tuple[int, int, int] = (16, 
     Args:
         axes_dims_rope: widths of the three rotary axes, the one size that no tensor tells; they sum to a head's width.
     """
+    from diffusers import FluxTransformer2DModel
+
     source, tensors = str(path), read_tensors(path)
     hidden, in_channels = _need(tensors, "img_in.weight", source).shape
     head_dim = _need(tensors, "double_blocks.0.img_attn.norm.query_norm.scale", source).shape[0]
@@ -149,7 +156,7 @@ def export_transformer(model: FluxTransformer2DModel) -> dict[str, Tensor]:
 def save_transformer(model: FluxTransformer2DModel, folder: Path) -> Path:
     """The base weights as a folder in diffusers' layout, without a LoRA that may be injected; returns the folder."""
     with torch.device("meta"):
-        plain = FluxTransformer2DModel.from_config(model.config)
+        plain = type(model).from_config(model.config)
     plain.load_state_dict(plain_state(model), assign=True)
     plain.save_pretrained(folder)
     return folder
@@ -160,6 +167,8 @@ def save_transformer(model: FluxTransformer2DModel, folder: Path) -> Path:
 
 def load_vae(path: Path, *, scaling_factor: float = 0.3611, shift_factor: float = 0.1159) -> AutoencoderKL:
     """A FLUX.1 autoencoder file under its original keys as a diffusers model, float32."""
+    from diffusers import AutoencoderKL
+
     source, tensors = str(path), read_tensors(path)
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     widths = [_need(tensors, f"encoder.down.{level}.block.0.conv1.weight", source).shape[0] for level in range(levels)]
@@ -205,6 +214,8 @@ def add_lora(transformer: FluxTransformer2DModel, rank: int) -> None:
     The q, k and v of a stream share one `down` module, as the official fused qkv LoRA does, so that what is trained
     exports at its own rank.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights=True)
     inject_adapter_in_model(config, transformer, adapter_name=LORA_ADAPTER)
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, SiglipVisionModel, T5EncoderModel
 
 from rewardgen.errors import CheckpointError
 from rewardgen.policies.packing import to_signed
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextModel, PreTrainedTokenizerBase, SiglipVisionModel, T5EncoderModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ def load_parts(base: str, siglip: str | None, *, dtype: torch.dtype = torch.floa
     Raises:
         CheckpointError: a part is missing, unreadable or incomplete.
     """
+    # Here and not above: they take seconds, which checking an experiment must not.
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import AutoTokenizer, CLIPTextModel, SiglipVisionModel, T5EncoderModel
+
     return FluxParts(
         transformer=_load(FluxTransformer2DModel, base, "transformer", torch_dtype=dtype),
         vae=_load(AutoencoderKL, base, "vae", torch_dtype=dtype),

@@ -46,9 +46,7 @@ def pieces() -> dict[str, Piece]:
             encoders.build,
         ),
         "reader": Piece((reader.RECIPE,), ("vae",), ("reader.safetensors",), reader.build),
-        "base": Piece(
-            (base.PRETRAIN, base.STAGE_1, base.STAGE_2), ("vae", "encoders"), ("base/transformer", "uso"), base.build
-        ),
+        "base": Piece(base.STAGES, ("vae", "encoders"), ("base/transformer", "uso"), base.build),
         "csd": Piece(csd.ROUNDS, ("vae", "base"), ("csd.safetensors",), csd.build),
     }
 

@@ -9,6 +9,7 @@ N pictures, K shapes a picture at most, S pixels a side.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeVar
 
@@ -283,15 +284,18 @@ def _style_keys(style: Style) -> list[str]:
     return ["-".join(map(str, row)) for row in rows.tolist()]
 
 
-def _drawn(draw, keys, n: int, seed: int, split: Split | None):  # type: ignore[no-untyped-def]
+def _drawn(
+    draw: Callable[[int, torch.Generator], T], keys: Callable[[T], list[str]], n: int, seed: int, split: Split | None
+) -> T:
     rng = torch.Generator().manual_seed(seed)
     if split is None:
         return draw(n, rng)
-    kept: list = []
+    kept: list[T] = []
     have = 0
     while have < n:
         batch = draw(2 * n if split == "train" else 16 * n, rng)
         held = torch.tensor([hashlib.blake2b(key.encode(), digest_size=1).digest()[0] < 26 for key in keys(batch)])
-        kept.append(take(batch, (held if split == "held_out" else ~held).nonzero().squeeze(1)))
-        have += kept[-1].kind_NK.shape[0] if isinstance(kept[-1], Content) else kept[-1].texture_N.shape[0]
+        index = (held if split == "held_out" else ~held).nonzero().squeeze(1)
+        kept.append(take(batch, index))
+        have += len(index)
     return take(concat(kept), torch.arange(n))

@@ -83,7 +83,8 @@ class CellReader(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = pixels.unfold(2, 24, 20).unfold(3, 24, 20).permute(0, 2, 3, 1, 4, 5)
-        return self.layers(patches.reshape(-1, 3, 24, 24)).view(pixels.shape[0], 9, -1)
+        logits: Tensor = self.layers(patches.reshape(-1, 3, 24, 24))
+        return logits.view(pixels.shape[0], 9, -1)
 
 
 def load_reader(path: Path) -> CellReader:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -20,16 +21,23 @@ from rewardgen.flow.schedule import shift_times
 from rewardgen.policies import official
 from rewardgen.policies.parts import FluxParts
 from rewardgen.policies.projector import StyleProjector
-from rewardgen.policies.uso import UsoPolicy
+from rewardgen.policies.uso import Part, UsoPolicy
 from rewardgen.types import Example
 from rewardgen.world.dataset import TinyWorld
 from rewardgen.world.recipes.training import Recipe, cosine
 from rewardgen.world.recipes.vae import load as load_vae
 from rewardgen.world.scenes import SIDE
 
-PRETRAIN = Recipe(name="pretrain", version="1", steps=7000, batch=16, lr=1.5e-3, seed=505)
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxAttention
+
+PRETRAIN = Recipe(name="pretrain", version="1", steps=4000, batch=16, lr=1.5e-3, seed=505)
+PRETRAIN_HORIZON = 7000
+"""Steps over which the cosine of the pre-training's learning rate would end; `ANNEAL` takes over before."""
+ANNEAL = Recipe(name="anneal", version="1", steps=1300, batch=16, lr=8e-4, seed=508)
 STAGE_1 = Recipe(name="stage1", version="1", steps=200, batch=16, lr=5e-4, seed=506)
 STAGE_2 = Recipe(name="stage2", version="1", steps=400, batch=16, lr=1e-3, seed=507)
+STAGES = (PRETRAIN, ANNEAL, STAGE_1, STAGE_2)
 TRIPLETS = 6000
 PRETRAIN_MU = 1.0
 """Pre-training times lean towards noise, where everything must come from the conditions."""
@@ -55,7 +63,7 @@ def transformer() -> FluxTransformer2DModel:
     return model
 
 
-def look_at_reference(attention: nn.Module, shift: int = GRID) -> None:
+def look_at_reference(attention: FluxAttention, shift: int = GRID) -> None:
     """Let head 0 start by attending from a target token to the reference token of the same place.
 
     Reference ids begin where the target's end, so that is a constant shift of (`shift`, `shift`). A key bias and a
@@ -102,6 +110,7 @@ def train_stage(
     *,
     drop: tuple[float, float, float],
     steps: int,
+    horizon: int | None = None,
 ) -> None:
     """Flow matching on the world's triplets, ending at a moving average of the weights.
 
@@ -109,6 +118,7 @@ def train_stage(
         latents_NLC: the targets of all triplets.
         times_N: grid from which times are drawn.
         drop: share of examples without prompt, and of batches without content and without style.
+        horizon: steps that the learning rate is planned for; with it the stage is cut short and nothing is averaged.
     """
     policy.train()
     parameters = list(policy.trainable().values())
@@ -117,7 +127,7 @@ def train_stage(
     began, recent = time.perf_counter(), 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * cosine(step, steps, min(200, steps // 10 + 1))
+            group["lr"] = recipe.lr * cosine(step, horizon or steps, min(200, steps // 10 + 1))
         rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         index_B = torch.randint(len(world), (recipe.batch,), generator=rng)
         examples = dropped([world[i] for i in index_B.tolist()], drop, rng)
@@ -139,9 +149,10 @@ def train_stage(
                 flush=True,
             )
             recent = 0.0
-    with torch.no_grad():
-        for parameter, average in zip(parameters, averages, strict=True):
-            parameter.copy_(average)
+    if horizon is None:
+        with torch.no_grad():
+            for parameter, average in zip(parameters, averages, strict=True):
+                parameter.copy_(average)
     policy.eval()
 
 
@@ -167,7 +178,7 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     projector = StyleProjector(num_tokens=64, token_dim=48, tokens_per_level=STYLE_TOKENS, hidden_size=WIDTH)
     loaded = parts(folder, transformer())
 
-    def policy(*train: str) -> UsoPolicy:
+    def policy(*train: Part) -> UsoPolicy:
         rank = LORA_RANK if "lora" in train else None
         return UsoPolicy(
             loaded, projector, train=train, lora_rank=rank, content_long_side=SIDE, max_text_tokens=MAX_WORDS
@@ -176,19 +187,22 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     pretrained = policy("transformer", "projector")
     latents = torch.cat(
         [
-            pretrained.encode_pixels(torch.stack([world[j].target for j in range(i, min(i + 32, len(world)))]))
+            pretrained.encode_pixels(targets([world[j] for j in range(i, min(i + 32, len(world)))]))
             for i in range(0, len(world), 32)
         ]
     )
     times = pretrained.training_sigmas((SIDE, SIDE))
     noisy = shift_times(torch.linspace(1, 0.001, 1000), PRETRAIN_MU)
-    scaled = [recipe.scaled(steps_factor) for recipe in (PRETRAIN, STAGE_1, STAGE_2)]
-    train_stage(pretrained, world, latents, PRETRAIN, noisy, drop=(0.3, 0.08, 0.04), steps=scaled[0])
+    scaled = [recipe.scaled(steps_factor) for recipe in STAGES]
+    drop = (0.3, 0.08, 0.04)
+    horizon = round(PRETRAIN_HORIZON * steps_factor)
+    train_stage(pretrained, world, latents, PRETRAIN, noisy, drop=drop, steps=scaled[0], horizon=horizon)
+    train_stage(pretrained, world, latents, ANNEAL, noisy, drop=drop, steps=scaled[1])
     loaded.transformer.to(torch.float16).save_pretrained(folder / "base" / "transformer")
     loaded.transformer.to(torch.float32)  # what follows trains on exactly what was saved
-    train_stage(policy("projector"), world, latents, STAGE_1, times, drop=(0.1, 1.0, 0.0), steps=scaled[1])
+    train_stage(policy("projector"), world, latents, STAGE_1, times, drop=(0.1, 1.0, 0.0), steps=scaled[2])
     stage_2 = policy("lora")
-    train_stage(stage_2, world, latents, STAGE_2, times, drop=(0.1, 0.0, 0.0), steps=scaled[2])
+    train_stage(stage_2, world, latents, STAGE_2, times, drop=(0.1, 0.0, 0.0), steps=scaled[3])
     (folder / "uso").mkdir(exist_ok=True)
     official.write_tensors(official.export_projector(projector), folder / "uso" / "projector.safetensors")
     official.write_tensors(official.export_lora(loaded.transformer), folder / "uso" / "dit_lora.safetensors")
@@ -209,12 +223,17 @@ def load_policy(folder: Path) -> UsoPolicy:
     )
 
 
+def targets(examples: list[Example]) -> Tensor:
+    """Their target pictures [n, 3, 64, 64]; every triplet of the world has one."""
+    return torch.stack([example.target for example in examples if example.target is not None])
+
+
 def held_out_loss(policy: UsoPolicy, n: int = 128) -> float:
     """Flow-matching loss on held-out triplets at fixed times and noise."""
     world = TinyWorld("held_out", n, seed=1)
     examples = [world[i] for i in range(n)]
     rng = torch.Generator().manual_seed(0)
-    clean = policy.encode_pixels(torch.stack([e.target for e in examples if e.target is not None]))
+    clean = policy.encode_pixels(targets(examples))
     noise, t = torch.randn(clean.shape, generator=rng), torch.rand(n, generator=rng)
     with torch.no_grad():
         velocity = policy.velocity_fn(policy.encode(examples), mode="train", image_size=(SIDE, SIDE))

@@ -29,13 +29,15 @@ from rewardgen.world.similarity import style_similarity
 
 ROUNDS = (
     Recipe(name="csd", version="1", steps=1000, batch=64, lr=1.5e-3, seed=404),
-    Recipe(name="csd-policy", version="1", steps=500, batch=64, lr=1e-3, seed=405),
+    Recipe(name="csd-longer", version="1", steps=1200, batch=64, lr=1.2e-3, seed=406),
+    Recipe(name="csd-policy", version="1", steps=600, batch=64, lr=8e-4, seed=405),
 )
-LESSONS = (300, 60)
+"""Two rounds on rendered pictures, the third on half rendered, half drawn ones."""
+LESSONS = (300, 160, 80)
 """Batches made beforehand for each round and gone through several times; the adversary is new each time."""
 CONFIG = CsdConfig(image_size=64, patch_size=8, width=96, layers=3, heads=3, output_dim=48)
 ADVERSARY = 0.04
-"""Largest signed-gradient step, in pixel values of [0, 1]."""
+"""Largest signed-gradient step, in pixel values of [0, 1]. From the second round on, every second step has one."""
 
 
 def train_round(model: CsdModel, lessons: Sequence[Lesson], recipe: Recipe, steps: int) -> None:
@@ -46,13 +48,13 @@ def train_round(model: CsdModel, lessons: Sequence[Lesson], recipe: Recipe, step
         lesson = lessons[step % len(lessons)]
         truth_NN = style_similarity(lesson.style, lesson.style)
         rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        order = torch.randperm(recipe.batch, generator=rng)
-        spared = order[half:]
-        pixels = lesson.pixels_N3HW.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(_regression(model, pixels, truth_NN), pixels)
-        strength = ADVERSARY * torch.rand(recipe.batch, 1, 1, 1, generator=rng)
-        strength[spared] = 0
-        pixels = (lesson.pixels_N3HW + strength * slope.sign()).clamp(0, 1)
+        pixels = lesson.pixels_N3HW
+        if recipe is ROUNDS[0] or step % 2:
+            strength = ADVERSARY * torch.rand(recipe.batch, 1, 1, 1, generator=rng)
+            strength[torch.randperm(recipe.batch, generator=rng)[half:]] = 0
+            pixels = pixels.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(_regression(model, pixels, truth_NN), pixels)
+            pixels = (lesson.pixels_N3HW + strength * slope.sign()).clamp(0, 1)
         _, content_code, _ = model(_normalised(pixels))
         grid = content_grid(lesson.content)
         same_place_NN = (grid[:, None] == grid[None]).float().mean(-1)
@@ -85,10 +87,11 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     steps = [recipe.scaled(steps_factor) for recipe in ROUNDS]
     counts = [min(count, most) for count, most in zip(steps, LESSONS, strict=True)]
     batch, seeds = ROUNDS[0].batch, [recipe.seed * 1_000_003 for recipe in ROUNDS]
-    lessons = [rendered(batch, seeds[0] + 20 * i, vae, photos=i % 2 == 1) for i in range(counts[0])]
-    train_round(model, lessons, ROUNDS[0], steps[0])
-    lessons = [drawn(batch, seeds[1] + 20 * i, vae, policy) for i in range(counts[1])]
-    train_round(model, lessons, ROUNDS[1], steps[1])
+    for k in (0, 1):
+        lessons = [rendered(batch, seeds[k] + 20 * i, vae, photos=i % 2 == 1) for i in range(counts[k])]
+        train_round(model, lessons, ROUNDS[k], steps[k])
+    lessons = [drawn(batch, seeds[2] + 20 * i, vae, policy) for i in range(counts[2])]
+    train_round(model, lessons, ROUNDS[2], steps[2])
     save_csd(model, folder / "csd.safetensors")
     model = load_csd(folder / "csd.safetensors")
     return {
@@ -105,10 +108,11 @@ def _spearman(model: CsdModel, a: Tensor, b: Tensor, truth: Tensor) -> float:
 
 def _regression(model: CsdModel, pixels: Tensor, truth_NN: Tensor) -> Tensor:
     """Squared error of cosines, near pairs counting more; the diagonal says nothing and is left out."""
-    style = model(_normalised(pixels))[2]
+    style: Tensor = model(_normalised(pixels))[2]
     weight = (0.2 + truth_NN) * (1 - torch.eye(truth_NN.shape[0]))
     return (weight * (style @ style.T - truth_NN).square()).sum() / weight.sum()
 
 
 def _normalised(pixels: Tensor) -> Tensor:
-    return normalise(pixels, CLIP_MEAN, CLIP_STD)
+    normalised: Tensor = normalise(pixels, CLIP_MEAN, CLIP_STD)
+    return normalised

@@ -30,6 +30,7 @@ from rewardgen.world.scenes import (
     SHAPES,
     TEXTURES,
     Content,
+    Split,
     Style,
     describe,
     draw_contents,
@@ -132,17 +133,18 @@ def make(steps: int = RECIPE.steps) -> Encoders:
         image_N, clip_N, t5_N = embed(encoders, tokenizer, RECIPE.batch, RECIPE.seed * 1_000_003 + step)
         same = 2 * torch.eye(RECIPE.batch) - 1
         scale = encoders.scale.exp()
-        return sum(
+        from_clip, from_t5 = (
             (-F.logsigmoid(same * (scale * image_N @ text_N.T + encoders.bias))).sum(1).mean()
             for text_N in (clip_N, t5_N)
         )
+        return from_clip + from_t5
 
     fit(encoders, loss, RECIPE, steps)
     return encoders.eval()
 
 
 def embed(
-    encoders: Encoders, tokenizer: PreTrainedTokenizerFast, n: int, seed: int, split: str = "train"
+    encoders: Encoders, tokenizer: PreTrainedTokenizerFast, n: int, seed: int, split: Split = "train"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors [n, 48] of n pictures, and of their captions by CLIP and by T5."""
     content = draw_contents(n, seed, split)

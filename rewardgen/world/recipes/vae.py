@@ -55,8 +55,9 @@ def train_round(vae: AutoencoderKL, recipe: Recipe, steps: int, edge_weight: flo
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
         rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample
         edges = sum(F.l1_loss(rebuilt.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3))
-        error = F.l1_loss(rebuilt, pixels) + square_weight * F.mse_loss(rebuilt, pixels) + edge_weight * edges
-        return error + 1e-4 * posterior.kl().mean() / pixels[0].numel()
+        error: Tensor = F.l1_loss(rebuilt, pixels) + square_weight * F.mse_loss(rebuilt, pixels) + edge_weight * edges
+        divergence: Tensor = posterior.kl().mean()
+        return error + 1e-4 * divergence / pixels[0].numel()
 
     fit(vae, loss, recipe, steps)
 

@@ -1,0 +1,45 @@
+"""Committed tables belong to the current recipes, and README shows what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def srl_table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("srl_table", ROOT / "benchmarks" / "srl_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_cell_of_the_headline_table_is_current(srl_table: ModuleType) -> None:
+    cells = [(arm, seed) for arm in srl_table.ARMS for seed in srl_table.SEEDS]
+    assert [cell for cell in cells if not srl_table.is_current(*cell)] == []
+
+
+def test_the_table_is_what_the_cells_say(srl_table: ModuleType) -> None:
+    references = json.loads((RESULTS / "srl_tiny" / "references.json").read_text())
+    assert srl_table.render(srl_table.cells(), references) == srl_table.TABLE.read_text()
+
+
+@pytest.mark.parametrize("name", ["srl_tiny.md", "judge.md"])
+def test_readme_shows_the_measured_table(name: str) -> None:
+    assert (RESULTS / name).read_text().strip() in (ROOT / "README.md").read_text()
+
+
+def test_a_cell_of_another_recipe_is_outdated(srl_table: ModuleType) -> None:
+    experiment = srl_table.experiment_of("SRL", 0)
+    other = experiment.model_copy(update={"seed": 7})
+    assert srl_table.key_of(experiment) != srl_table.key_of(other)
+    assert srl_table.key_of(experiment) == srl_table.key_of(experiment.model_copy(update={"name": "another"}))
