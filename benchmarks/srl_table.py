@@ -69,7 +69,7 @@ def reference_rows() -> dict[str, dict[str, float]]:
     import torch
 
     from rewardgen import build
-    from rewardgen.evaluation.compare import reference_scores, score_pictures, target_scores
+    from rewardgen.evaluation.score import reference_scores, score_pictures, target_scores
 
     experiment = experiment_of("SRL", 0)
     parts = build.assemble(experiment)

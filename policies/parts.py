@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewardgen.errors import CheckpointError
-from rewardgen.policies.packing import to_signed
+from rewardgen.errors import CheckpointError, ConfigError
+from rewardgen.policies.packing import PATCH, to_signed
+from rewardgen.policies.projector import StyleProjector
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -38,6 +39,22 @@ class FluxParts:
     def __post_init__(self) -> None:
         if self.siglip is not None and self.siglip_size is None:
             object.__setattr__(self, "siglip_size", int(self.siglip.config.image_size))
+
+
+def check_sizes(parts: FluxParts, projector: StyleProjector | None) -> None:
+    """Raise ConfigError where transformer, autoencoder and style projector are not made for each other."""
+    transformer = parts.transformer
+    packed = parts.vae.config.latent_channels * PATCH * PATCH
+    if transformer.config.in_channels != packed:
+        raise ConfigError(
+            f"the transformer takes {transformer.config.in_channels} channels per token, "
+            f"but this autoencoder packs to {packed}"
+        )
+    if projector is not None and projector.hidden_size != transformer.inner_dim:
+        raise ConfigError(
+            f"the style projector makes tokens of width {projector.hidden_size}, "
+            f"but the transformer is {transformer.inner_dim} wide"
+        )
 
 
 def load_parts(base: str, siglip: str | None, *, dtype: torch.dtype = torch.float32) -> FluxParts:

@@ -20,12 +20,12 @@ from rewardgen.policies.conditions import Group, UsoCondition, group_by_layout
 from rewardgen.policies.dit import grouped_velocity
 from rewardgen.policies.encoders import FluxEncoder, vae_latents, vae_pixels
 from rewardgen.policies.packing import PATCH, Grid, PositionEncoding, image_ids, pack, unpack
-from rewardgen.policies.parts import FluxParts, load_parts
+from rewardgen.policies.parts import FluxParts, check_sizes, load_parts
 from rewardgen.policies.projector import StyleProjector
+from rewardgen.policies.trained import Part, require_gradients, save_trained
 from rewardgen.policy import Mode, Policy
 from rewardgen.types import Condition, Example, VelocityFn
 
-Part = Literal["lora", "projector", "transformer"]
 Schedule = Literal["official", "token_count"]
 VaeEncode = Literal["mean", "sample"]
 BaseDtype = Literal["fp32", "bf16"]
@@ -91,10 +91,10 @@ class UsoPolicy(Policy):
             max_text_tokens=max_text_tokens,
             sample_posterior=vae_encode == "sample",
         )
-        self._check_sizes()
+        check_sizes(parts, projector)
         if (lora_rank is not None or "lora" in train) and not official.has_lora(self.transformer):
             official.add_lora(self.transformer, lora_rank or DEFAULT_RANK)
-        self._freeze()
+        require_gradients(self, self.transformer, projector, self.trained_parts)
         self.train(False)
 
     @classmethod
@@ -163,32 +163,6 @@ class UsoPolicy(Policy):
         return policy
 
     # -- construction --
-
-    def _check_sizes(self) -> None:
-        packed = self.vae.config.latent_channels * PATCH * PATCH
-        if self.transformer.config.in_channels != packed:
-            raise ConfigError(
-                f"the transformer takes {self.transformer.config.in_channels} channels per token, "
-                f"but this autoencoder packs to {packed}"
-            )
-        if self.projector is not None and self.projector.hidden_size != self.transformer.inner_dim:
-            raise ConfigError(
-                f"the style projector makes tokens of width {self.projector.hidden_size}, "
-                f"but the transformer is {self.transformer.inner_dim} wide"
-            )
-
-    def _freeze(self) -> None:
-        self.requires_grad_(False)
-        lora = official.lora_parameters(self.transformer)
-        if "transformer" in self.trained_parts:
-            self.transformer.requires_grad_(True)
-            for parameter in lora.values():
-                parameter.requires_grad_(False)
-        if "lora" in self.trained_parts:
-            for parameter in lora.values():
-                parameter.requires_grad_(True)
-        if "projector" in self.trained_parts and self.projector is not None:
-            self.projector.requires_grad_(True)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Hold what is not trained in `dtype` and what is trained in float32."""
@@ -336,18 +310,8 @@ class UsoPolicy(Policy):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def save(self, folder: Path) -> Mapping[str, Path]:
-        """Write what is trained: `dit_lora.safetensors` and `projector.safetensors` under the official keys, and the
-        base weights as a diffusers folder `transformer/`."""
-        written: dict[str, Path] = {}
-        if "lora" in self.trained_parts:
-            tensors = official.export_lora(self.transformer)
-            written["lora"] = official.write_tensors(tensors, folder / "dit_lora.safetensors")
-        if "projector" in self.trained_parts and self.projector is not None:
-            tensors = official.export_projector(self.projector)
-            written["projector"] = official.write_tensors(tensors, folder / "projector.safetensors")
-        if "transformer" in self.trained_parts:
-            written["transformer"] = official.save_transformer(self.transformer, folder / "transformer")
-        return written
+        """Write what is trained in the official formats, see `trained.save_trained`."""
+        return save_trained(self.transformer, self.projector, self.trained_parts, folder)
 
 
 def _check_choice(name: str, values: Sequence[str], choices: Any) -> None:

@@ -17,14 +17,16 @@ from rewardgen import plugins, sources, strict_yaml
 from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
 from rewardgen.errors import CheckpointError, ConfigError
-from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table, target_scores
+from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
 from rewardgen.evaluation.evaluate import Evaluation, evaluate
 from rewardgen.evaluation.grid import save_grid
+from rewardgen.evaluation.score import target_scores
 from rewardgen.fleet.inline import InlinePool
 from rewardgen.learner import Learner
+from rewardgen.manifest import redact, write_manifest
 from rewardgen.objective import Objective
 from rewardgen.policy import Policy
-from rewardgen.report import Reporter, write_manifest
+from rewardgen.report import Reporter
 from rewardgen.reward import Reward
 from rewardgen.rollout import RolloutWorker
 from rewardgen.settings import Plugin
@@ -118,11 +120,12 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
     folder = folder or Path("runs") / experiment.name
     console = _console()
     require_sources(experiment)
+    resolved = _resolved(experiment)
+    reporter = Reporter(folder, experiment.report, num_steps=experiment.train.num_steps, experiment=resolved)
     _open_folder(folder, experiment, resume=resume)
     parts = assemble(experiment)
-    resolved = experiment.model_dump(mode="json")
     write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
-    with Reporter(folder, experiment.report, num_steps=experiment.train.num_steps, experiment=resolved) as reporter:
+    with reporter:
         console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
         base = _evaluate(experiment, parts, averaged=False)
 
@@ -262,7 +265,7 @@ def _open_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
     if resume and not begun:
         raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
     if resume and config.is_file():
-        changed = _differences(strict_yaml.load_file(config)[0], experiment.model_dump(mode="json"))
+        changed = _differences(strict_yaml.load_file(config)[0], _resolved(experiment))
         refused = [key for key in changed if not any(f"{key}.".startswith(f"{may}.") for may in _MAY_CHANGE)]
         if refused:
             raise ConfigError(f"{config} is of another experiment, it differs in {', '.join(refused)}")
@@ -301,8 +304,14 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
 
 
+def _resolved(experiment: Experiment) -> dict[str, Any]:
+    """Everything an experiment says, secrets blotted out: this is what is shown and kept."""
+    resolved: dict[str, Any] = redact(experiment.model_dump(mode="json"))
+    return resolved
+
+
 def _as_yaml(experiment: Experiment) -> str:
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(_resolved(experiment), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _count(policy: Policy) -> str:

@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from rewardgen.errors import UserError
 from rewardgen.manifest import redact
-from rewardgen.manifest import write_manifest as write_manifest
 from rewardgen.settings import Settings
 from rewardgen.types import StepReport
 

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from rewardgen import sources
+from rewardgen import build, sources
 from rewardgen.cli import main
 from rewardgen.trainer import Trainer
 from rewardgen.types import StepReport
@@ -107,6 +107,44 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     code, _, err = run(capsys, "train", toy, "-o", str(parts), "--resume", "optimizer.lr=1e-3")
     assert code == 2
     assert "differs in optimizer.lr" in err
+
+
+def test_an_impossible_report_is_refused_before_weights_are_read(
+    toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setattr(build, "assemble", lambda experiment: pytest.fail("the parts were made"))
+    code, _, err = run(capsys, "train", toy, "-o", str(tmp_path / "run"), "report.wandb={project: x}")
+    assert code == 2
+    assert "report.wandb is asked for" in err
+    assert "pip install 'rewardgen[wandb]'" in err
+    assert not (tmp_path / "run").exists()
+
+
+KEYED = """
+from tests.toys import ToyDataset
+
+class Keyed(ToyDataset):
+    def __init__(self, size: int, api_key: str) -> None:
+        super().__init__(size)
+"""
+
+
+def test_no_secret_is_shown_or_kept(toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "keyed.py").write_text(KEYED)
+    experiment, folder = tmp_path / "toy.yaml", tmp_path / "run"
+    keyed = f'train: {{use: "{tmp_path}/keyed.py:Keyed", args: {{size: 4, api_key: s3cr3t}}}}'
+    experiment.write_text(TOY.replace('train: {use: "tests.toys:ToyDataset", args: {size: 4}}', keyed))
+    code, out, err = run(capsys, "check", toy)
+    assert (code, err) == (0, "")
+    assert "api_key: '***'" in out
+    assert "s3cr3t" not in out
+    assert run(capsys, "train", toy, "-o", str(folder), "train.num_steps=2")[0] == 0
+    assert "api_key: '***'" in (folder / "config.yaml").read_text()
+    assert [path for path in folder.rglob("*") if path.is_file() and b"s3cr3t" in path.read_bytes()] == []
+    # The run is still known as the same one.
+    code, _, err = run(capsys, "train", toy, "-o", str(folder), "--resume", "train.num_steps=2")
+    assert code == 0, err
 
 
 def test_a_signal_ends_a_run_with_a_checkpoint(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from rewardgen import strict_yaml
 from rewardgen.config import Experiment, flavors_of, load_experiment, overlay, plugins_in
 from rewardgen.errors import ConfigError
+from rewardgen.sources import find_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -50,6 +53,26 @@ def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "experiment.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_the_full_scale_takes_nothing_from_the_tiny_world() -> None:
+    for path in EXPERIMENTS:
+        for flavor in set(flavors_of(path)) - {"tiny"}:
+            for where, _, plugin in plugins_in(load_experiment(path, flavor)):
+                assert not plugin.use.startswith("rewardgen.world"), (path, flavor, where)
+                found = [source.text for source in find_sources(plugin.args, where) if source.kind == "world"]
+                assert not found, (path, flavor, where)
+
+
+def test_checking_an_experiment_imports_no_model_library() -> None:
+    """They take several seconds, in which one would wait for a misspelt key."""
+    program = (
+        "import sys; from pathlib import Path; from rewardgen import build, config;"
+        "config.load_experiment(Path('experiments/uso_srl.yaml'));"
+        "print(sorted({'diffusers', 'peft', 'transformers', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)

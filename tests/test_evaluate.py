@@ -22,13 +22,11 @@ from rewardgen.evaluation.compare import (
     Interval,
     compare,
     gap_closed,
-    reference_scores,
     render_markdown,
     render_table,
-    score_pictures,
-    target_scores,
 )
 from rewardgen.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
+from rewardgen.evaluation.score import reference_scores, score_pictures, target_scores
 from rewardgen.reward import Reward
 from rewardgen.types import Example, Score
 from tests.toys import IMAGE_SIZE, ToyDataset, ToyPolicy, ToyReward
@@ -392,6 +390,26 @@ def test_tables_hold_the_numbers() -> None:
     plain = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
     assert plain["rows"][0]["change"] == {"value": 0.25, "low": 0.25, "high": 0.25}
     assert (plain["num_examples"], plain["method"]) == (3, "t")
+
+
+def test_a_table_of_80_columns_shows_every_name_and_number_whole() -> None:
+    names = ["style", "palette_texture", "sixteen_letters_", "a_name_that_is_too_long_for_one_line_of_the_table"]
+    base, after, truth = (
+        Evaluation.from_json({"example_ids": [str(i) for i in range(64)], "scores": dict.fromkeys(names, values)})
+        for values in ([i / 64 for i in range(64)], [-i / 64 for i in range(64)], [9.0] * 64)
+    )
+    comparison = compare(base, after, ceiling=truth)
+    out = io.StringIO()
+    Console(file=out, width=80).print(render_table(comparison))
+    lines = out.getvalue().splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert "…" not in out.getvalue()
+    assert all(any(line.startswith(f" {name} ") for line in lines) for name in names[:3])
+    assert names[3] in "".join(line[1:23].strip() for line in lines)
+    change = comparison.rows[0].change
+    assert change is not None
+    assert change.low is not None
+    assert all(f"{number:+.4f}" in out.getvalue() for number in (change.value, change.low))
 
 
 def test_the_configuration_has_the_defaults_of_its_docstrings() -> None:

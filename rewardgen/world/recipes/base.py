@@ -21,7 +21,8 @@ from rewardgen.flow.schedule import shift_times
 from rewardgen.policies import official
 from rewardgen.policies.parts import FluxParts
 from rewardgen.policies.projector import StyleProjector
-from rewardgen.policies.uso import Part, UsoPolicy
+from rewardgen.policies.trained import Part
+from rewardgen.policies.uso import UsoPolicy
 from rewardgen.types import Example
 from rewardgen.world.dataset import TinyWorld
 from rewardgen.world.recipes.training import Recipe, cosine

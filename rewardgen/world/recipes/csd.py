@@ -30,10 +30,10 @@ from rewardgen.world.similarity import style_similarity
 ROUNDS = (
     Recipe(name="csd", version="1", steps=1000, batch=64, lr=1.5e-3, seed=404),
     Recipe(name="csd-longer", version="1", steps=1200, batch=64, lr=1.2e-3, seed=406),
-    Recipe(name="csd-policy", version="1", steps=600, batch=64, lr=8e-4, seed=405),
+    Recipe(name="csd-policy", version="1", steps=450, batch=64, lr=8e-4, seed=405),
 )
 """Two rounds on rendered pictures, the third on half rendered, half drawn ones."""
-LESSONS = (300, 160, 80)
+LESSONS = (300, 160, 64)
 """Batches made beforehand for each round and gone through several times; the adversary is new each time."""
 CONFIG = CsdConfig(image_size=64, patch_size=8, width=96, layers=3, heads=3, output_dim=48)
 ADVERSARY = 0.04

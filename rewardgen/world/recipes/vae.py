@@ -19,10 +19,10 @@ ROUNDS = (
 """The second round adds a squared error: after the first, edges were right and the colours of small shapes bled."""
 
 
-def make(steps_factor: float = 1.0) -> AutoencoderKL:
-    """Train the autoencoder on styled and unstyled pictures: L1 on pixels and on their differences, a light KL."""
+def untrained() -> AutoencoderKL:
+    """The autoencoder as training finds it."""
     torch.manual_seed(ROUNDS[0].seed)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -36,6 +36,11 @@ def make(steps_factor: float = 1.0) -> AutoencoderKL:
         use_post_quant_conv=False,
         mid_block_add_attention=True,
     )
+
+
+def make(steps_factor: float = 1.0) -> AutoencoderKL:
+    """Train the autoencoder on styled and unstyled pictures: L1 on pixels and on their differences, a light KL."""
+    vae = untrained()
     for recipe, edge_weight, square_weight in zip(ROUNDS, (0.5, 0.25), (0.0, 3.0), strict=True):
         train_round(vae, recipe, recipe.scaled(steps_factor), edge_weight, square_weight)
     with torch.no_grad():
@@ -46,8 +51,10 @@ def make(steps_factor: float = 1.0) -> AutoencoderKL:
     return vae.eval()
 
 
-def train_round(vae: AutoencoderKL, recipe: Recipe, steps: int, edge_weight: float, square_weight: float) -> None:
-    """One round of training, in place."""
+def train_round(
+    vae: AutoencoderKL, recipe: Recipe, steps: int, edge_weight: float, square_weight: float
+) -> list[float]:
+    """One round of training, in place; returns the losses."""
 
     def loss(step: int) -> Tensor:
         pixels = pictures(recipe.batch, recipe.seed * 1_000_003 + step) * 2 - 1
@@ -59,7 +66,7 @@ def train_round(vae: AutoencoderKL, recipe: Recipe, steps: int, edge_weight: flo
         divergence: Tensor = posterior.kl().mean()
         return error + 1e-4 * divergence / pixels[0].numel()
 
-    fit(vae, loss, recipe, steps)
+    return fit(vae, loss, recipe, steps)
 
 
 def pictures(n: int, seed: int) -> Tensor:
