@@ -90,6 +90,7 @@ def assemble(experiment: Experiment) -> Parts:
     objective = Objective(experiment.objective, rewards).to(device)
     policy: Policy = make("policy", "policies", experiment.policy).to(device)
     policy.latent_shape(experiment.rollout.image_size)  # refuses a size the model cannot draw
+    policy.enable_checkpointing(experiment.train.gradient_checkpointing)
     learner = Learner(
         policy,
         objective,

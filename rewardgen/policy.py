@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from rewardgen.errors import ConfigError
 from rewardgen.types import Condition, Example, VelocityFn
 
 Mode = Literal["train", "sample"]
@@ -56,6 +57,11 @@ class Policy(nn.Module, ABC):
 
         Nominally in [0, 1], but not clamped.
         """
+
+    def enable_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute activations in the backward pass instead of storing them. Raises ConfigError where it cannot."""
+        if enabled:
+            raise ConfigError(f"{type(self).__name__} cannot recompute activations: leave gradient_checkpointing off")
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -36,6 +36,8 @@ class TrainConfig(Settings):
     """Micro-batches in one optimizer step."""
     precision: Precision = "fp32"
     """Arithmetic of the policy's forward pass; trained parameters and optimizer stay as loaded (fp32)."""
+    gradient_checkpointing: bool = False
+    """Recompute the activations of the policy and its decoder in the backward pass: less memory, more time."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the average of the weights; the average is then what is evaluated and saved."""
     checkpoint_every: int = Field(default=100, ge=0)
