@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rewardgen.config import Experiment, load_experiment
+from rewardgen.sources import ASSETS
 
 ROOT = Path(__file__).resolve().parent
 EXPERIMENT = ROOT.parent / "experiments" / "uso_srl.yaml"
 CELLS = ROOT / "results" / "srl_tiny"
 TABLE = ROOT / "results" / "srl_tiny.md"
-WORLD = ROOT.parent / "rewardgen" / "world" / "assets" / "world.json"
 ARMS = {"SRL": (), "supervised only": ("objective.rewards.style.weight=0",)}
 SEEDS = (0, 1, 2)
 METRICS = {"style": "CSD (the reward)", "palette_texture": "style witness", "layout": "content witness"}
@@ -38,7 +38,7 @@ def experiment_of(arm: str, seed: int, examples: int = 200) -> Experiment:
 def key_of(experiment: Experiment) -> str:
     """What the cell's numbers depend on: the experiment (not its reporting) and every file of the world."""
     settings = {k: v for k, v in experiment.model_dump(mode="json").items() if k not in ("name", "report", "flavors")}
-    world = {name: entry["files"] for name, entry in json.loads(WORLD.read_text()).items()}
+    world = {name: entry["files"] for name, entry in json.loads((ASSETS / "world.json").read_text()).items()}
     return hashlib.sha256(json.dumps([settings, world], sort_keys=True).encode()).hexdigest()
 
 
