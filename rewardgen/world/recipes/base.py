@@ -1,7 +1,8 @@
 """The tiny USO: a FLUX transformer, its style projector and its LoRA, trained without any reward.
 
-Pre-training (transformer and projector), then USO's stage 1 (projector only, from style and target) and stage 2
-(LoRA only, from content, style and target). All targets come from imperfect stylisers, as they do in reality.
+Pre-training (transformer and projector) in two rounds on different triplets, then USO's stage 1 (projector only, from
+style and target) and stage 2 (LoRA only, from content, style and target). All targets come from imperfect stylisers,
+as they do in reality.
 """
 
 from __future__ import annotations
@@ -36,12 +37,21 @@ PRETRAIN = Recipe(name="pretrain", version="1", steps=4000, batch=16, lr=1.5e-3,
 PRETRAIN_HORIZON = 7000
 """Steps over which the cosine of the pre-training's learning rate would end; `ANNEAL` takes over before."""
 ANNEAL = Recipe(name="anneal", version="1", steps=1300, batch=16, lr=8e-4, seed=508)
-STAGE_1 = Recipe(name="stage1", version="1", steps=200, batch=16, lr=5e-4, seed=506)
-STAGE_2 = Recipe(name="stage2", version="1", steps=400, batch=16, lr=1e-3, seed=507)
-STAGES = (PRETRAIN, ANNEAL, STAGE_1, STAGE_2)
+PROJECTOR = Recipe(name="projector", version="1", steps=200, batch=16, lr=5e-4, seed=506)
+"""Ends the first round: the projector alone."""
+LONGER = Recipe(name="longer", version="1", steps=2000, batch=16, lr=1.2e-3, seed=509)
+FINISH = Recipe(name="finish", version="1", steps=4000, batch=16, lr=1e-3, seed=511)
+"""The second round: everything again, on triplets that the first did not see."""
+LONGER_HORIZON = 8000
+STAGE_1 = Recipe(name="stage1", version="2", steps=200, batch=16, lr=5e-4, seed=510)
+STAGE_2 = Recipe(name="stage2", version="2", steps=400, batch=16, lr=1e-3, seed=507)
+STAGES = (PRETRAIN, ANNEAL, PROJECTOR, LONGER, FINISH, STAGE_1, STAGE_2)
 TRIPLETS = 6000
+"""In each of the two rounds."""
 PRETRAIN_MU = 1.0
 """Pre-training times lean towards noise, where everything must come from the conditions."""
+DROP = (0.3, 0.08, 0.04)
+"""Share of pre-training examples without prompt, and of batches without content and without style."""
 WIDTH, HEADS, AXES, STYLE_TOKENS, LORA_RANK = 128, 4, (8, 12, 12), 8, 16
 MAX_WORDS = 16
 GRID = SIDE // 8
@@ -174,41 +184,78 @@ def dropped(examples: list[Example], drop: tuple[float, float, float], rng: torc
 
 
 def build(folder: Path, steps_factor: float) -> dict[str, float]:
-    """Pre-training, stage 1, stage 2; writes the transformer as a diffusers folder and USO's two files."""
-    world = TinyWorld("train", max(64, round(TRIPLETS * min(1.0, steps_factor))), seed=1)
-    projector = StyleProjector(num_tokens=64, token_dim=48, tokens_per_level=STYLE_TOKENS, hidden_size=WIDTH)
-    loaded = parts(folder, transformer())
+    """Both rounds, then the stages; writes the transformer as a diffusers folder and USO's two files."""
+    loaded, projector = parts(folder, transformer()), untrained_projector()
+    first_round(loaded, projector, steps_factor)
+    return second_round(folder, loaded, projector, steps_factor)
 
-    def policy(*train: Part) -> UsoPolicy:
-        rank = LORA_RANK if "lora" in train else None
-        return UsoPolicy(
-            loaded, projector, train=train, lora_rank=rank, content_long_side=SIDE, max_text_tokens=MAX_WORDS
-        )
 
-    pretrained = policy("transformer", "projector")
-    latents = torch.cat(
-        [
-            pretrained.encode_pixels(targets([world[j] for j in range(i, min(i + 32, len(world)))]))
-            for i in range(0, len(world), 32)
-        ]
-    )
-    times = pretrained.training_sigmas((SIDE, SIDE))
-    noisy = shift_times(torch.linspace(1, 0.001, 1000), PRETRAIN_MU)
-    scaled = [recipe.scaled(steps_factor) for recipe in STAGES]
-    drop = (0.3, 0.08, 0.04)
+def untrained_projector() -> StyleProjector:
+    return StyleProjector(num_tokens=64, token_dim=48, tokens_per_level=STYLE_TOKENS, hidden_size=WIDTH)
+
+
+def first_round(loaded: FluxParts, projector: StyleProjector, steps_factor: float) -> None:
+    """Pre-training whose learning rate is planned for longer than it lasts, an annealing, the projector alone."""
+    policy = training_policy(loaded, projector, "transformer", "projector")
+    world, latents, noisy = material(policy, 1, steps_factor)
+    steps = [recipe.scaled(steps_factor) for recipe in (PRETRAIN, ANNEAL, PROJECTOR)]
     horizon = round(PRETRAIN_HORIZON * steps_factor)
-    train_stage(pretrained, world, latents, PRETRAIN, noisy, drop=drop, steps=scaled[0], horizon=horizon)
-    train_stage(pretrained, world, latents, ANNEAL, noisy, drop=drop, steps=scaled[1])
+    train_stage(policy, world, latents, PRETRAIN, noisy, drop=DROP, steps=steps[0], horizon=horizon)
+    train_stage(policy, world, latents, ANNEAL, noisy, drop=DROP, steps=steps[1])
+    through_half(loaded)
+    times = policy.training_sigmas((SIDE, SIDE))
+    alone = training_policy(loaded, projector, "projector")
+    train_stage(alone, world, latents, PROJECTOR, times, drop=(0.1, 1.0, 0.0), steps=steps[2])
+
+
+def second_round(folder: Path, loaded: FluxParts, projector: StyleProjector, steps_factor: float) -> dict[str, float]:
+    """The same on fresh triplets, then USO's stages on them; writes all files and reports the held-out loss."""
+    policy = training_policy(loaded, projector, "transformer", "projector")
+    world, latents, noisy = material(policy, 2, steps_factor)
+    steps = [recipe.scaled(steps_factor) for recipe in (LONGER, FINISH)]
+    horizon = round(LONGER_HORIZON * steps_factor)
+    train_stage(policy, world, latents, LONGER, noisy, drop=DROP, steps=steps[0], horizon=horizon)
+    train_stage(policy, world, latents, FINISH, noisy, drop=DROP, steps=steps[1])
+    return stages(folder, loaded, projector, world, latents, steps_factor)
+
+
+def stages(
+    folder: Path, loaded: FluxParts, projector: StyleProjector, world: TinyWorld, latents: Tensor, steps_factor: float
+) -> dict[str, float]:
+    """USO's stage 1 and 2 on a pre-trained transformer."""
+    through_half(loaded)  # what follows trains on exactly what is saved
     loaded.transformer.to(torch.float16).save_pretrained(folder / "base" / "transformer")
-    loaded.transformer.to(torch.float32)  # what follows trains on exactly what was saved
-    train_stage(policy("projector"), world, latents, STAGE_1, times, drop=(0.1, 1.0, 0.0), steps=scaled[2])
-    stage_2 = policy("lora")
-    train_stage(stage_2, world, latents, STAGE_2, times, drop=(0.1, 0.0, 0.0), steps=scaled[3])
+    loaded.transformer.to(torch.float32)
+    stage_1 = training_policy(loaded, projector, "projector")
+    times, steps = stage_1.training_sigmas((SIDE, SIDE)), [r.scaled(steps_factor) for r in (STAGE_1, STAGE_2)]
+    train_stage(stage_1, world, latents, STAGE_1, times, drop=(0.1, 1.0, 0.0), steps=steps[0])
+    stage_2 = training_policy(loaded, projector, "lora")
+    train_stage(stage_2, world, latents, STAGE_2, times, drop=(0.1, 0.0, 0.0), steps=steps[1])
     (folder / "uso").mkdir(exist_ok=True)
     official.write_tensors(official.export_projector(projector), folder / "uso" / "projector.safetensors")
     official.write_tensors(official.export_lora(loaded.transformer), folder / "uso" / "dit_lora.safetensors")
     FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(folder / "base" / "scheduler")
     return {"held_out_loss": held_out_loss(stage_2)}
+
+
+def training_policy(loaded: FluxParts, projector: StyleProjector, *train: Part) -> UsoPolicy:
+    """A policy over the given modules that trains the named parts."""
+    rank = LORA_RANK if "lora" in train else None
+    return UsoPolicy(loaded, projector, train=train, lora_rank=rank, content_long_side=SIDE, max_text_tokens=MAX_WORDS)
+
+
+def material(policy: UsoPolicy, seed: int, steps_factor: float) -> tuple[TinyWorld, Tensor, Tensor]:
+    """Training triplets, the latents of their targets, and pre-training's times."""
+    world = TinyWorld("train", max(64, round(TRIPLETS * min(1.0, steps_factor))), seed=seed)
+    batches = [range(i, min(i + 32, len(world))) for i in range(0, len(world), 32)]
+    latents = torch.cat([policy.encode_pixels(targets([world[j] for j in batch])) for batch in batches])
+    return world, latents, shift_times(torch.linspace(1, 0.001, 1000), PRETRAIN_MU)
+
+
+def through_half(loaded: FluxParts) -> None:
+    """Round the transformer's weights to what half precision keeps."""
+    loaded.transformer.to(torch.float16)
+    loaded.transformer.to(torch.float32)
 
 
 def load_policy(folder: Path) -> UsoPolicy:

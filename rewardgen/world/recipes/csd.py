@@ -31,9 +31,10 @@ ROUNDS = (
     Recipe(name="csd", version="1", steps=1000, batch=64, lr=1.5e-3, seed=404),
     Recipe(name="csd-longer", version="1", steps=1200, batch=64, lr=1.2e-3, seed=406),
     Recipe(name="csd-policy", version="1", steps=450, batch=64, lr=8e-4, seed=405),
+    Recipe(name="csd-policy-longer", version="1", steps=300, batch=64, lr=8e-4, seed=407),
 )
-"""Two rounds on rendered pictures, the third on half rendered, half drawn ones."""
-LESSONS = (300, 160, 64)
+"""Two rounds on rendered pictures, then two on half rendered, half drawn ones."""
+LESSONS = (300, 160, 64, 80)
 """Batches made beforehand for each round and gone through several times; the adversary is new each time."""
 CONFIG = CsdConfig(image_size=64, patch_size=8, width=96, layers=3, heads=3, output_dim=48)
 ADVERSARY = 0.04
@@ -80,7 +81,7 @@ def rank_correlation_on_policy(model: CsdModel, policy: Policy, folder: Path, n:
 
 
 def build(folder: Path, steps_factor: float) -> dict[str, float]:
-    """Train both rounds, save, and report the rank correlations with true similarity."""
+    """Train all rounds, save, and report the rank correlations with true similarity."""
     vae, policy = load_vae(folder), load_policy(folder)
     torch.manual_seed(ROUNDS[0].seed)
     model = CsdModel(CONFIG)
@@ -90,8 +91,9 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     for k in (0, 1):
         lessons = [rendered(batch, seeds[k] + 20 * i, vae, photos=i % 2 == 1) for i in range(counts[k])]
         train_round(model, lessons, ROUNDS[k], steps[k])
-    lessons = [drawn(batch, seeds[2] + 20 * i, vae, policy) for i in range(counts[2])]
-    train_round(model, lessons, ROUNDS[2], steps[2])
+    for k in (2, 3):
+        lessons = [drawn(batch, seeds[k] + 20 * i, vae, policy) for i in range(counts[k])]
+        train_round(model, lessons, ROUNDS[k], steps[k])
     save_csd(model, folder / "csd.safetensors")
     model = load_csd(folder / "csd.safetensors")
     return {
