@@ -1,7 +1,8 @@
 """Official checkpoint formats in and out: FLUX.1 transformer and autoencoder, USO/UNO/UMO LoRA, USO style projector.
 
-safetensors only. Sizes come from the tensors. Every tensor is accounted for: one that is missing, extra or of
-another shape is a `CheckpointError` naming the tensor and the file.
+safetensors only. Sizes come from the tensors. Every tensor is accounted for: one that is missing, extra, of another
+shape or not finite is a `CheckpointError` naming the tensor and the file. The formats have no checksum: a changed
+value that is still a number is not noticed here; the manifest's SHA-256 tells it.
 
 diffusers and peft take seconds to import, so the functions that make models import them, and checking an experiment
 does not.
@@ -9,22 +10,25 @@ does not.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rewardgen.errors import CheckpointError
 from rewardgen.policies.layouts import Entry, flux_entries, from_official, lora_entries, to_official, vae_entries
 from rewardgen.policies.projector import StyleProjector
+from rewardgen.policies.reading import check_values, count, need, read_tensors
+from rewardgen.policies.reading import resolve_file as resolve_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+M = TypeVar("M", bound=nn.Module)
 
 LORA_ADAPTER = "default"
 LORA_TARGETS = (
@@ -34,49 +38,6 @@ LORA_TARGETS = (
 PROJECTOR_PREFIX = "feature_embedder."
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises CheckpointError when it is missing or not one."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    return tensors
-
-
-def resolve_file(source: str) -> Path:
-    """A local path, or `owner/repository:path/in/it` on the Hugging Face hub, as a local path.
-
-    Raises:
-        CheckpointError: neither of the two can be found.
-    """
-    if Path(source).is_file():
-        return Path(source)
-    repository, colon, inside = source.partition(":")
-    if not colon or not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise CheckpointError(f"{source}: no such file (on the hub write 'owner/repository:path/in/it')")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, inside))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(f"{source}: cannot be had from the hub ({str(error).splitlines()[0]})") from error
-
-
-def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """How many consecutive numbers, from 0, some key shows at the group of `pattern`."""
-    found = {int(match.group(1)) for key in tensors if (match := re.match(pattern, key))}
-    return max(found, default=-1) + 1
-
-
-def _need(tensors: Mapping[str, Tensor], key: str, source: str) -> Tensor:
-    if key not in tensors:
-        raise CheckpointError(f"{source}: tensor '{key}' is missing")
-    return tensors[key]
-
-
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     # Not `named_parameters`, which lists a shared parameter once.
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -84,8 +45,28 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 def _load(module: nn.Module, entries: list[Entry], tensors: Mapping[str, Tensor], source: str) -> None:
     state = from_official(entries, tensors, _shapes(module), source)
+    for key, tensor in tensors.items():
+        check_values(key, tensor, source)
     # Loaded parts are often views of one fused tensor; copying into the module's own parameters keeps them apart.
     module.load_state_dict(state, strict=False)
+
+
+def _build(
+    make: Callable[[], M], entries_of: Callable[[M], list[Entry]], tensors: Mapping[str, Tensor], source: str
+) -> M:
+    """A module whose sizes the file tells, with the file's tensors.
+
+    It is made without memory first: a damaged file may ask for any size, and is to be told before it gets it.
+    """
+    try:
+        with torch.device("meta"):
+            blank = make()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: the sizes of its tensors make no model ({error})") from error
+    from_official(entries_of(blank), tensors, _shapes(blank), source)
+    model = make()
+    _load(model, entries_of(model), tensors, source)
+    return model
 
 
 # -- transformer -------------------------------------------------------------------------------------------------
@@ -100,27 +81,31 @@ def load_transformer(path: Path, *, axes_dims_rope: tuple[int, int, int] = (16, 
     from diffusers import FluxTransformer2DModel
 
     source, tensors = str(path), read_tensors(path)
-    hidden, in_channels = _need(tensors, "img_in.weight", source).shape
-    head_dim = _need(tensors, "double_blocks.0.img_attn.norm.query_norm.scale", source).shape[0]
+    hidden, in_channels = need(tensors, "img_in.weight", source).shape
+    head_dim = need(tensors, "double_blocks.0.img_attn.norm.query_norm.scale", source).shape[0]
     if sum(axes_dims_rope) != head_dim:
         raise CheckpointError(f"{source}: rotary axes {axes_dims_rope} do not sum to the head width {head_dim}")
-    model = FluxTransformer2DModel(
-        in_channels=in_channels,
-        out_channels=_need(tensors, "final_layer.linear.weight", source).shape[0],
-        num_layers=_count(tensors, r"double_blocks\.(\d+)\."),
-        num_single_layers=_count(tensors, r"single_blocks\.(\d+)\."),
-        attention_head_dim=head_dim,
-        num_attention_heads=hidden // head_dim,
-        joint_attention_dim=_need(tensors, "txt_in.weight", source).shape[1],
-        pooled_projection_dim=_need(tensors, "vector_in.in_layer.weight", source).shape[1],
-        guidance_embeds="guidance_in.in_layer.weight" in tensors,
-        axes_dims_rope=tuple(axes_dims_rope),
-    )
-    mlp_width = _need(tensors, "double_blocks.0.img_mlp.0.weight", source).shape[0]
-    if mlp_width != 4 * hidden:
-        _resize_mlp(model, hidden, mlp_width)
-    _load(model, _transformer_entries(model), tensors, source)
-    return model.eval()
+    mlp_width = need(tensors, "double_blocks.0.img_mlp.0.weight", source).shape[0]
+    sizes = {
+        "in_channels": in_channels,
+        "out_channels": need(tensors, "final_layer.linear.weight", source).shape[0],
+        "num_layers": count(tensors, r"double_blocks\.(\d+)\."),
+        "num_single_layers": count(tensors, r"single_blocks\.(\d+)\."),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim,
+        "joint_attention_dim": need(tensors, "txt_in.weight", source).shape[1],
+        "pooled_projection_dim": need(tensors, "vector_in.in_layer.weight", source).shape[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in tensors,
+        "axes_dims_rope": tuple(axes_dims_rope),
+    }
+
+    def make() -> FluxTransformer2DModel:
+        model = FluxTransformer2DModel(**sizes)
+        if mlp_width != 4 * hidden:
+            _resize_mlp(model, hidden, mlp_width)
+        return model
+
+    return _build(make, _transformer_entries, tensors, source).eval()
 
 
 def _resize_mlp(model: FluxTransformer2DModel, hidden: int, mlp_width: int) -> None:
@@ -170,23 +155,22 @@ def load_vae(path: Path, *, scaling_factor: float = 0.3611, shift_factor: float 
     from diffusers import AutoencoderKL
 
     source, tensors = str(path), read_tensors(path)
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
-    widths = [_need(tensors, f"encoder.down.{level}.block.0.conv1.weight", source).shape[0] for level in range(levels)]
-    model = AutoencoderKL(
-        in_channels=_need(tensors, "encoder.conv_in.weight", source).shape[1],
-        out_channels=_need(tensors, "decoder.conv_out.weight", source).shape[0],
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(widths),
-        layers_per_block=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=_need(tensors, "decoder.conv_in.weight", source).shape[1],
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    _load(model, _vae_entries(model), tensors, source)
-    return model.eval()
+    levels = count(tensors, r"encoder\.down\.(\d+)\.")
+    widths = [need(tensors, f"encoder.down.{level}.block.0.conv1.weight", source).shape[0] for level in range(levels)]
+    sizes = {
+        "in_channels": need(tensors, "encoder.conv_in.weight", source).shape[1],
+        "out_channels": need(tensors, "decoder.conv_out.weight", source).shape[0],
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(widths),
+        "layers_per_block": count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": need(tensors, "decoder.conv_in.weight", source).shape[1],
+        "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    return _build(lambda: AutoencoderKL(**sizes), _vae_entries, tensors, source).eval()
 
 
 def _vae_entries(model: AutoencoderKL) -> list[Entry]:
@@ -243,7 +227,7 @@ def lora_parameters(transformer: FluxTransformer2DModel) -> dict[str, nn.Paramet
 
 def lora_rank(tensors: Mapping[str, Tensor], source: str) -> int:
     """The rank of an official LoRA file."""
-    return int(_need(tensors, "double_blocks.0.processor.qkv_lora1.down.weight", source).shape[0])
+    return int(need(tensors, "double_blocks.0.processor.qkv_lora1.down.weight", source).shape[0])
 
 
 def load_lora(transformer: FluxTransformer2DModel, path: Path, *, rank: int | None = None) -> None:
@@ -273,13 +257,15 @@ def load_projector(path: Path) -> StyleProjector:
     """A style projector file under its official keys, float32."""
     source = str(path)
     tensors = read_tensors(path)
-    tokens_per_level, num_tokens = _need(tensors, f"{PROJECTOR_PREFIX}high_embedding_linear.0.weight", source).shape
-    hidden_size, token_dim = _need(tensors, f"{PROJECTOR_PREFIX}high_projection.weight", source).shape
-    projector = StyleProjector(
-        num_tokens=num_tokens, token_dim=token_dim, tokens_per_level=tokens_per_level, hidden_size=hidden_size
-    )
-    _load(projector, _projector_entries(projector), tensors, source)
-    return projector
+    tokens_per_level, num_tokens = need(tensors, f"{PROJECTOR_PREFIX}high_embedding_linear.0.weight", source).shape
+    hidden_size, token_dim = need(tensors, f"{PROJECTOR_PREFIX}high_projection.weight", source).shape
+
+    def make() -> StyleProjector:
+        return StyleProjector(
+            num_tokens=num_tokens, token_dim=token_dim, tokens_per_level=tokens_per_level, hidden_size=hidden_size
+        )
+
+    return _build(make, _projector_entries, tensors, source)
 
 
 def _projector_entries(projector: StyleProjector) -> list[Entry]:
@@ -292,7 +278,11 @@ def export_projector(projector: StyleProjector) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> Path:
-    """Save as safetensors, making the folder; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), path)
+    """Save as safetensors, making the folder; returns the path. Raises CheckpointError where that is impossible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"{path}: cannot be written: {reason}") from error
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,12 +17,14 @@ from rich.console import Console
 from rewardgen import plugins, sources, strict_yaml
 from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
-from rewardgen.errors import CheckpointError, ConfigError
+from rewardgen.distributed import Processes, launched
+from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
 from rewardgen.evaluation.evaluate import Evaluation, evaluate
 from rewardgen.evaluation.grid import save_grid
 from rewardgen.evaluation.score import target_scores
 from rewardgen.fleet.inline import InlinePool
+from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
 from rewardgen.manifest import redact, write_manifest
 from rewardgen.objective import Objective
@@ -30,11 +33,23 @@ from rewardgen.report import Reporter
 from rewardgen.reward import Reward
 from rewardgen.rollout import RolloutWorker
 from rewardgen.settings import Plugin
+from rewardgen.sharding import ShardedPolicy, spread
 from rewardgen.trainer import Dataset, Trainer, choose_device
 from rewardgen.types import Example
 
 CONFIG = "config.yaml"
-_MAY_CHANGE = ("train.num_steps", "train.checkpoint_every", "train.keep_last", "evaluation", "report")
+_MAY_CHANGE = (
+    "train.num_steps",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.keep_best_metric",
+    "train.strategy",
+    "train.batch_size",  # the trainer sees to it that a step has as many examples as before
+    "train.accumulation",
+    "evaluation",
+    "report",
+)
 """What a resumed run may do differently without being another run."""
 
 
@@ -70,14 +85,18 @@ def require_sources(experiment: Experiment) -> None:
             sources.require(source)
 
 
-def assemble(experiment: Experiment) -> Parts:
+def assemble(experiment: Experiment, processes: Processes | None = None) -> Parts:
     """Make everything an experiment names. Data come first: they are cheap, and their faults are the common ones.
+
+    Args:
+        processes: those that train together; each must call this.
 
     Raises:
         UserError: something is missing, damaged or does not fit.
     """
     require_sources(experiment)
-    device = choose_device(experiment.train.device)
+    processes = processes or Processes()
+    device = processes.device or choose_device(experiment.train.device)
     train_data = make("data.train", "data", experiment.data.train)
     held_out = _first(make("data.held_out", "data", experiment.data.held_out), experiment.evaluation.num_examples)
     rewards = {
@@ -88,7 +107,8 @@ def assemble(experiment: Experiment) -> Parts:
         for name, plugin in experiment.evaluation.witnesses.items()
     }
     objective = Objective(experiment.objective, rewards).to(device)
-    policy: Policy = make("policy", "policies", experiment.policy).to(device)
+    policy: Policy = make("policy", "policies", experiment.policy)
+    policy = spread(policy, processes, experiment.train.strategy).to(device)
     policy.latent_shape(experiment.rollout.image_size)  # refuses a size the model cannot draw
     policy.enable_checkpointing(experiment.train.gradient_checkpointing)
     learner = Learner(
@@ -100,6 +120,7 @@ def assemble(experiment: Experiment) -> Parts:
         ema_decay=experiment.train.ema_decay,
         max_nonfinite_steps=experiment.train.max_nonfinite_steps,
         term_grad_norms=experiment.train.term_grad_norms,
+        processes=processes,
     )
     return Parts(
         policy=policy, learner=learner, train_data=train_data, held_out=held_out, metrics=objective.rewards | witnesses
@@ -112,51 +133,73 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
     The folder holds the resolved experiment, `manifest.json`, `metrics.jsonl`, checkpoints, the trained parts in
     their official format (`weights/`), the comparison and the picture grid.
 
+    Several processes, started by a launcher, each call this. The first one writes, prints and evaluates; where the
+    model is sharded all draw the evaluation's pictures, and only the first says what they are worth.
+
     Returns:
         Whether the run is finished; False where a signal ended it early.
 
     Raises:
         UserError: bad input, or a run that cannot go on.
     """
-    folder = folder or Path("runs") / experiment.name
-    console = _console()
+    _check_keep_best(experiment)
     require_sources(experiment)
+    with launched(choose_device(experiment.train.device), experiment.train.strategy) as processes:
+        return _train(experiment, folder or Path("runs") / experiment.name, processes, resume=resume)
+
+
+def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume: bool) -> bool:
+    """One process's share of `train`."""
+    console = _console(quiet=not processes.is_first)
     resolved = _resolved(experiment)
     reporter = Reporter(folder, experiment.report, num_steps=experiment.train.num_steps, experiment=resolved)
-    _open_folder(folder, experiment, resume=resume)
-    parts = assemble(experiment)
-    write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
-    with reporter:
-        console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
-        base = _evaluate(experiment, parts, averaged=False)
+    if processes.is_first:
+        _open_folder(folder, experiment, resume=resume)
+    parts = assemble(experiment, processes)
+    if processes.is_first:
+        write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
+    console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
+    evaluates = processes.is_first or isinstance(parts.policy, ShardedPolicy)
+    base = _evaluate(experiment, parts, averaged=False) if evaluates else None
+    made: dict[int, Evaluation | None] = {}  # the latest alone: it holds pictures
 
-        def evaluate_now(step: int) -> None:
-            if step < experiment.train.num_steps:  # the one at the end is made below
-                reporter.evaluation(step, _evaluate(experiment, parts).means())
+    def evaluate_now(step: int) -> dict[str, float]:
+        made.clear()
+        made[step] = evaluation = _evaluate(experiment, parts) if evaluates else None
+        if processes.is_first and evaluation is not None:
+            reporter.evaluation(step, evaluation.means())
+        means: dict[str, float] = processes.exchange("an evaluation", evaluation and dict(evaluation.means()))[0]
+        return means
 
-        trainer = Trainer(
-            parts.learner,
-            InlinePool(RolloutWorker(parts.policy, precision=experiment.train.precision)),
-            parts.train_data,
-            rollout=experiment.rollout,
-            config=experiment.train,
-            seed=experiment.seed,
-            folder=folder,
-            reporter=reporter,
-            evaluate=evaluate_now,
-            evaluate_every=experiment.evaluation.every,
-        )
-        first = trainer.resume() if resume else 0
-        reporter.start(first)
-        reporter.evaluation(0, base.means())
-        outcome = trainer.run()
-        if not outcome.interrupted:
-            trained = _evaluate(experiment, parts)
-            reporter.evaluation(outcome.completed_steps, trained.means())
-    if outcome.interrupted:
-        console.print(f"stopped after step {outcome.completed_steps}; go on with --resume --output {folder}")
-        return False
-    _finish(experiment, parts, base, trained, folder)
+    trainer = Trainer(
+        parts.learner,
+        InlinePool(RolloutWorker(parts.policy, precision=experiment.train.precision)),
+        parts.train_data,
+        rollout=experiment.rollout,
+        config=experiment.train,
+        seed=experiment.seed,
+        folder=folder,
+        reporter=reporter,
+        evaluate=evaluate_now,
+        evaluate_every=experiment.evaluation.every,
+    )
+    first = trainer.resume() if resume else 0
+    command = _resume_command(experiment, folder, processes.size)
+    with resumable(trainer.checkpoints, command):
+        with reporter:
+            if processes.is_first and base is not None:
+                reporter.start(first)
+                reporter.evaluation(0, base.means())
+            outcome = trainer.run()
+            if not outcome.interrupted and outcome.completed_steps not in made:
+                evaluate_now(outcome.completed_steps)
+        if outcome.interrupted:
+            console.print(f"stopped after step {outcome.completed_steps}; go on with --resume --output {folder}:")
+            console.print(f"  {command}", highlight=False, markup=False)
+            return False
+        trained = made[outcome.completed_steps]
+        if base is not None and trained is not None:
+            _finish(experiment, parts, base, trained, folder)
     return True
 
 
@@ -201,6 +244,7 @@ def check(experiment: Experiment) -> None:
     """
     console = _console()
     console.print(_as_yaml(experiment), markup=False, highlight=False, end="\n\n")
+    _check_keep_best(experiment)
     require_sources(experiment)
     console.print("what it reads:")
     missing = []
@@ -223,9 +267,11 @@ def check(experiment: Experiment) -> None:
 
 def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Evaluation, folder: Path) -> None:
     console = _console()
-    comparison = _compare(parts, base, trained)
     with parts.learner.averaged():
         weights = parts.policy.save(folder / "weights")
+    if not parts.learner.processes.is_first:
+        return
+    comparison = _compare(parts, base, trained)
     (folder / "comparison.json").write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(render_markdown(comparison), encoding="utf-8")
     console.print(render_table(comparison))
@@ -255,6 +301,32 @@ def _evaluate(experiment: Experiment, parts: Parts, *, averaged: bool = True) ->
 
 def _compare(parts: Parts, base: Evaluation, trained: Evaluation) -> Comparison:
     return compare(base, trained, ceiling=target_scores(parts.held_out, parts.metrics))
+
+
+def _check_keep_best(experiment: Experiment) -> None:
+    """Refuse to keep the best by a metric that nobody measures during training. Raises ConfigError."""
+    settings, every = experiment.train, experiment.evaluation.every
+    metrics = [*experiment.objective.rewards, *experiment.evaluation.witnesses]
+    metric = settings.keep_best_metric
+    if metric is not None and metric not in metrics:
+        hint = nearest(metric, metrics) or f" There are: {', '.join(metrics) or 'none'}."
+        raise ConfigError(f"train.keep_best_metric: the evaluation has no metric '{metric}'.{hint}")
+    if settings.keep_best and not 0 < every <= settings.num_steps:
+        raise ConfigError(
+            f"train.keep_best: nothing is evaluated during {settings.num_steps} steps of training with"
+            f" evaluation.every = {every}; set that to the number of steps between evaluations"
+        )
+
+
+def _resume_command(experiment: Experiment, folder: Path, num_processes: int) -> str:
+    """What goes on with a run, from the same working directory: its resolved experiment is an experiment file too."""
+    resume = ["--output", str(folder), "--resume"]
+    if _resolved(experiment) != experiment.model_dump(mode="json"):  # it lacks the secrets
+        return f"the command that began it, and {shlex.join(resume)}"
+    program = ["rewardgen"]
+    if num_processes > 1:
+        program = ["torchrun", "--nproc-per-node", str(num_processes), "-m", "rewardgen"]
+    return shlex.join([*program, "train", str(folder / CONFIG), *resume])
 
 
 def _open_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
@@ -300,9 +372,9 @@ def _weight_files(experiment: Experiment) -> dict[str, Path]:
     return {path: place for path, place in found.items() if place is not None}
 
 
-def _console() -> Console:
+def _console(*, quiet: bool = False) -> Console:
     """Lines are left whole, and what is not read on a terminal has room for tables."""
-    return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
+    return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, quiet=quiet)
 
 
 def _resolved(experiment: Experiment) -> dict[str, Any]:

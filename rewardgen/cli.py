@@ -3,32 +3,71 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from rewardgen.commands.options import (
+    AsJson,
+    CheckpointFolder,
+    Content,
+    ExperimentFile,
+    ExperimentOption,
+    ExperimentOrRun,
+    Flavor,
+    Grid,
+    Identity,
+    Images,
+    NumSteps,
+    Overrides,
+    PictureFolder,
+    Prompt,
+    Rewards,
+    RunFolder,
+    Seeds,
+    Size,
+    Style,
+)
 from rewardgen.errors import UserError
 
+HELP = """Reward-feedback training for image-customisation diffusion transformers.
+
+Every command says more with --help. Bad input is one message on stderr and
+exit code 2.
+
+Examples:
+  rewardgen check experiments/uso_srl.yaml
+  rewardgen train experiments/uso_srl.yaml train.num_steps=20
+  rewardgen --install-completion
+"""
+WORLD_HELP = """The bundled tiny world: generated scenes and small trained parts.
+
+Experiments name its parts as world:NAME.
+
+Examples:
+  rewardgen world build --list
+"""
+REWARD_HELP = """A reward of one's own: write one, check one.
+
+Experiments name it under `use:`, as ./file.py:Class or package.module:Class.
+
+Examples:
+  rewardgen reward new edge_sharpness
+  rewardgen reward check ./edge_sharpness.py:EdgeSharpness
+"""
 app = typer.Typer(
     name="rewardgen",
-    help="Reward-feedback training for image-customisation diffusion transformers.",
+    help=HELP,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-world_app = typer.Typer(help="The bundled tiny world: generated scenes and small trained parts.", no_args_is_help=True)
+world_app = typer.Typer(help=WORLD_HELP, no_args_is_help=True)
 app.add_typer(world_app, name="world")
-
-ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="Experiment file (YAML).")]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads this form on every supported Python
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.num_steps=20.", show_default=False),
-]
-Flavor = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--flavor", "-f", help="One of the file's flavors; `tiny` where it has one.", show_default=False),
-]
+reward_app = typer.Typer(help=REWARD_HELP, no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
 
 
 @app.command()
@@ -38,11 +77,22 @@ def train(
     flavor: Flavor = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="The run's folder; runs/NAME by default.", show_default=False),
+        typer.Option("--output", "-o", metavar="DIR", help="The run's folder.", show_default="runs/NAME"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's latest checkpoint.")] = False,
 ) -> None:
-    """Train, and compare held-out pictures before and after."""
+    """Train, and compare held-out pictures before and after.
+
+    The run's folder holds the resolved config.yaml, manifest.json, metrics.jsonl,
+    checkpoints, the trained weights in their official format, and the comparison.
+    Ctrl-C ends a run with a checkpoint; --resume goes on from there and gives
+    what an undisturbed run would have given.
+
+    Examples:
+      rewardgen train experiments/uso_srl.yaml
+      rewardgen train experiments/uso_srl.yaml train.num_steps=20 -o runs/short
+      rewardgen train experiments/uso_srl.yaml -o runs/short --resume
+    """
     from rewardgen import build, config
 
     loaded = config.load_experiment(experiment, flavor, overrides or ())
@@ -52,7 +102,15 @@ def train(
 
 @app.command()
 def check(experiment: ExperimentFile, overrides: Overrides = None, flavor: Flavor = None) -> None:
-    """Check an experiment without training: its keys, what it reads and whether that is here."""
+    """Check an experiment without training: its keys, what it reads and whether that is here.
+
+    Prints the experiment as it would run, and fetches nothing. Without --flavor
+    the other flavors are checked too.
+
+    Examples:
+      rewardgen check experiments/uso_srl.yaml
+      rewardgen check experiments/uso_srl.yaml --flavor flux-dev optimizer.lr=1e-5
+    """
     from rewardgen import build, config
 
     build.check(config.load_experiment(experiment, flavor, overrides or ()))
@@ -65,32 +123,176 @@ def evaluate(
     experiment: ExperimentFile,
     overrides: Overrides = None,
     flavor: Flavor = None,
-    run: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--run", help="A run's folder: its latest checkpoint is judged.", show_default=False),
-    ] = None,
-    checkpoint: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--checkpoint", help="One checkpoint folder of a run.", show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    run: RunFolder = None,
+    checkpoint: CheckpointFolder = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Compare a trained checkpoint with the experiment's starting point on held-out examples."""
+    """Compare a trained checkpoint with the experiment's starting point on held-out examples.
+
+    Both draw from the same noise; the table shows each reward and witness with
+    the paired interval of its change. Give either --run or --checkpoint.
+
+    Examples:
+      rewardgen eval experiments/uso_srl.yaml --run runs/uso_srl
+      rewardgen eval experiments/uso_srl.yaml --run runs/uso_srl --json
+    """
     from rewardgen import build, config
 
     loaded = config.load_experiment(experiment, flavor, overrides or ())
     build.evaluate_checkpoint(loaded, run=run, checkpoint=checkpoint, as_json=as_json)
 
 
+@app.command()
+def sample(
+    experiment: ExperimentOrRun,
+    overrides: Overrides = None,
+    flavor: Flavor = None,
+    run: RunFolder = None,
+    checkpoint: CheckpointFolder = None,
+    prompt: Prompt = "",
+    content: Content = None,
+    style: Style = None,
+    identity: Identity = None,
+    seeds: Seeds = "0",
+    num_steps: NumSteps = None,
+    size: Size = None,
+    output: PictureFolder = None,
+    grid: Grid = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw pictures with an experiment's policy, as it starts or as a run left it.
+
+    Writes seed-NNNN.png for each seed, over what has that name, and prints the
+    paths. A seed always draws the same picture, however many are drawn with it.
+    The weights are the experiment's own; with --run or --checkpoint they are the
+    averaged ones of a run. A run's folder as EXPERIMENT stands for its
+    config.yaml and its newest weights.
+
+    Examples:
+      rewardgen sample experiments/uso_srl.yaml -p "a circle top left"
+      rewardgen sample runs/uso_srl -p "a ring middle centre" --style look.png
+      rewardgen sample experiments/uso_srl.yaml --run runs/uso_srl --grid \\
+        --seeds 0-3 --content scene.png --style look.png --style more.png
+    """
+    from rewardgen.commands import sample as command
+
+    options = command.Options(
+        prompt=prompt,
+        content=content or (),
+        style=style or (),
+        identity=identity or (),
+        seeds=seeds,
+        num_steps=num_steps,
+        size=size,
+        output=output,
+        grid=grid,
+        as_json=as_json,
+    )
+    command.run(experiment, options, flavor=flavor, overrides=overrides or (), run_folder=run, checkpoint=checkpoint)
+
+
+@app.command()
+def score(
+    images: Images,
+    rewards: Rewards = None,
+    prompt: Prompt = "",
+    content: Content = None,
+    style: Style = None,
+    identity: Identity = None,
+    experiment: ExperimentOption = None,
+    flavor: Flavor = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score pictures with any reward: the same code that trains and evaluates.
+
+    Prompt and references go to the rewards with every picture. A reward that does
+    not apply to a picture gives n.a. (null in JSON); the mean is over the others,
+    whose number is shown. A picture that cannot be read is named on stderr and
+    has no scores; the others are scored, and only if none can be read is it an
+    error (exit code 2). A bundled reward that is given no weights takes those of
+    the tiny world, and says so on stderr.
+
+    Examples:
+      rewardgen score a.png b.png --reward csd --style look.png --json
+      rewardgen score samples/uso_srl/seed* -s a.png -e experiments/uso_srl.yaml
+      rewardgen score out -r csd -s look.png csd.checkpoint=csd.safetensors
+      rewardgen score "out/**/*.png" -r ./my_reward.py:Warmth -r brightness
+    """
+    from rewardgen.commands import score as command
+
+    command.run(
+        images,
+        rewards=rewards or (),
+        prompt=prompt,
+        content=content or (),
+        style=style or (),
+        identity=identity or (),
+        experiment=experiment,
+        flavor=flavor,
+        as_json=as_json,
+    )
+
+
+class ExportFormat(StrEnum):
+    """File formats of `export`."""
+
+    USO = "uso"
+    PEFT = "peft"
+    DIFFUSERS = "diffusers"
+
+
+class ExportWeights(StrEnum):
+    """Which of a checkpoint's weights `export` takes."""
+
+    EMA = "ema"
+    TRAINED = "trained"
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder (its latest checkpoint) or one checkpoint."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write, new or empty.")],
+    file_format: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="USO's own files, a PEFT adapter, or a LoRA for diffusers' FluxPipeline."),
+    ],
+    weights: Annotated[
+        Optional[ExportWeights],  # noqa: UP045
+        typer.Option("--weights", help="Averaged or last.", show_default="ema where the run kept an average"),
+    ] = None,
+) -> None:
+    """Write the trained LoRA and style projector of a run in a format that others load.
+
+    The base weights are not read.
+
+    Examples:
+      rewardgen export runs/uso_srl --format uso --output exported
+      rewardgen export runs/uso_srl --format diffusers -o lora --weights trained
+    """
+    from rewardgen.commands import export as command
+
+    command.export(source, file_format=file_format, output=output, weights=weights)
+
+
 @world_app.command("build")
 def world_build(
     pieces: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[PIECE]...", help="Pieces to make again; all that are outdated by default."),
+        typer.Argument(metavar="PIECE", help="Pieces to make again.", show_default="all that are outdated"),
     ] = None,
     only_list: Annotated[bool, typer.Option("--list", help="Only say which pieces are outdated.")] = False,
 ) -> None:
-    """Make the bundled world from its recipes."""
+    """Make the bundled world from its recipes.
+
+    Pieces whose recipe has not changed are left alone.
+
+    Examples:
+      rewardgen world build --list
+      rewardgen world build vae
+    """
     from rewardgen.world import build
 
     if only_list:
@@ -99,6 +301,58 @@ def world_build(
     else:
         made = build.build_world(pieces or ())
         typer.echo(f"made: {', '.join(made) or 'nothing, all pieces are up to date'}")
+
+
+@reward_app.command("new")
+def reward_new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="In lower case, such as edge_sharpness.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for NAME.py.")] = Path("."),
+    function: Annotated[bool, typer.Option("--function", help="A plain function instead of a class.")] = False,
+) -> None:
+    """Write NAME.py: a whole reward to start from.
+
+    It passes `rewardgen reward check` as it stands.
+
+    Examples:
+      rewardgen reward new edge_sharpness
+      rewardgen reward new edge_sharpness --function --output rewards_of_mine
+    """
+    from rewardgen.reward_template import write_reward
+
+    path, symbol = write_reward(name, output, function=function)
+    use = f"{path if path.is_absolute() else f'./{path}'}:{symbol}"
+    typer.echo(f"wrote {path}")
+    typer.echo(f"check it:  rewardgen reward check {use}")
+    places = "evaluation.witnesses" if function else "objective.rewards or evaluation.witnesses"
+    typer.echo(f"use it:    {name}: {{use: {use}}}, under {places}")
+
+
+@reward_app.command("check")
+def reward_check(
+    use: Annotated[str, typer.Argument(metavar="REWARD", help="As under `use:`, such as ./mine.py:Mine.")],
+    args: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="NAME=VALUE", help="Its arguments, such as level=0.4.", show_default="none"),
+    ] = None,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--data", metavar="FILE", help="JSON Lines file to take examples from.", show_default="made-up examples"
+        ),
+    ] = None,
+) -> None:
+    """Make a reward as an experiment would, and check that it keeps the contract.
+
+    One line for each promise kept; the first that is broken is the error.
+
+    Examples:
+      rewardgen reward check ./edge_sharpness.py:EdgeSharpness
+      rewardgen reward check csd checkpoint=csd.safetensors --data pairs.jsonl
+    """
+    from rewardgen.reward_check import check_spec
+
+    for line in check_spec(use, args or (), data):
+        typer.echo(f"ok: {line}")
 
 
 def main(arguments: list[str] | None = None) -> None:

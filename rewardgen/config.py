@@ -20,6 +20,7 @@ from rewardgen.errors import ConfigError, UserError, nearest
 from rewardgen.evaluation.evaluate import EvaluationConfig
 from rewardgen.fleet.pool import FleetConfig
 from rewardgen.learner import OptimizerConfig
+from rewardgen.manifest import blot, blot_entries, is_secret
 from rewardgen.objective import ObjectiveConfig, check_differentiable
 from rewardgen.report import ReportConfig
 from rewardgen.rollout import RolloutConfig
@@ -30,6 +31,10 @@ Fault = tuple[str, str]
 """(dotted key path, message)."""
 
 DEFAULT_FLAVOR = "tiny"
+_NAME = re.compile(r"[\w.\-]+")
+"""Of a reward or witness: it becomes a key of reports, a column of tables and a part of overrides."""
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_LONGEST_FAULT = 500
 
 
 class DataConfig(Settings):
@@ -86,8 +91,10 @@ def load_experiment(path: Path, flavor: str | None = None, overrides: Sequence[s
         raise ConfigError(f"{path} has no flavor '{chosen}'.{guess}")
     changes = _parse_overrides(overrides)
     merged = overlay(overlay(base, flavors.get(chosen, {}) if chosen else {}), changes)
-    experiment, faults = _validate(merged)
-    faults += _check_plugins(merged)
+    experiment, faults = None, list(strict_yaml.unusable(merged))
+    if not faults:
+        experiment, faults = _validate(merged)
+        faults += _check_plugins(merged)
     if experiment is not None and not faults:
         faults += list(_cross_checks(experiment))
     if faults or experiment is None:
@@ -133,9 +140,10 @@ def _flavors(raw: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
-    for text in overrides:
-        key, equals, written = text.partition("=")
+    for override in overrides:
+        key, equals, written = override.partition("=")
         parts = key.strip().split(".")
+        text = strict_yaml.show(blot_entries(override))
         if not equals or not all(parts):
             raise ConfigError(f"override '{text}': expected 'dotted.key=value', as in 'train.num_steps=20'")
         if parts[0] == "flavors":
@@ -155,22 +163,35 @@ def _validate(merged: Mapping[str, Any]) -> tuple[Experiment | None, list[Fault]
         # JSON's strict mode: no "3" for 3 and no true for 1, yet lists make tuples and strings make paths.
         return Experiment.model_validate_json(json.dumps(merged), strict=True), []
     except ValidationError as error:
-        return None, [_fault(fault) for fault in error.errors(include_url=False)]
+        return None, [_fault(fault, merged) for fault in error.errors(include_url=False)]
     except UserError as error:
         return None, [("", str(error))]
 
 
-def _fault(error: Any) -> Fault:
-    # The tags of unions are no keys of the file.
-    loc = [str(part) for part in error["loc"] if not re.search(r"[^\w\- .]", str(part))]
+def _fault(error: Any, merged: Any) -> Fault:
+    loc, node = [], merged
+    for part in error["loc"]:
+        inside = isinstance(node, list) and isinstance(part, int) and part < len(node)
+        inside |= isinstance(node, Mapping) and part in node
+        # The tags of unions are no keys of the file.
+        if inside or (part == error["loc"][-1] and error["type"] == "missing"):
+            loc.append(str(part))
+        node = node[part] if inside else node
     path = ".".join(loc)
     if error["type"] == "extra_forbidden":
         return path, f"unknown key.{_suggest(loc)}"
     if error["type"] == "missing":
         return path, "required key is missing"
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    value = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r}"
+    message = message.replace("an object", "a mapping").replace("a valid array", "a list")
+    value = "" if isinstance(error["input"], dict | list) else f", got {_shown(error['input'], path)}"
     return path, message[:1].lower() + message[1:] + value
+
+
+def _shown(value: Any, path: str) -> str:
+    if is_secret(path):
+        return "a secret"
+    return "nothing" if value is None else strict_yaml.show(repr(value))
 
 
 def _suggest(loc: Sequence[str]) -> str:
@@ -178,7 +199,7 @@ def _suggest(loc: Sequence[str]) -> str:
     model: type[BaseModel] | None = Experiment
     for part in parents:
         model = _section(model, part) if model else None
-    siblings = list(model.model_fields) if model else []
+    siblings = [*(model.model_fields if model else ()), *(() if parents else ("flavors",))]
     close = nearest(key, siblings)
     if close:
         return close
@@ -219,7 +240,9 @@ def _find_plugins(tree: Mapping[str, Any]) -> Iterator[tuple[str, plugins.Kind, 
         yield from ((f"{path}.{key}", value) for key, value in (node.items() if isinstance(node, Mapping) else ()))
 
     places: list[tuple[str, plugins.Kind, Any]] = [("policy", "policies", tree.get("policy"))]
-    places += [(path, "data", value) for path, value in inside("data")]
+    places += [
+        (path, "data", value) for path, value in inside("data") if path.rpartition(".")[2] in DataConfig.model_fields
+    ]
     places += [(path, "rewards", value) for path, value in inside("objective.rewards")]
     places += [(path, "rewards", value) for path, value in inside("evaluation.witnesses")]
     for path, kind, value in places:
@@ -232,13 +255,26 @@ def _find_plugins(tree: Mapping[str, Any]) -> Iterator[tuple[str, plugins.Kind, 
 def _check_plugins(merged: Mapping[str, Any]) -> list[Fault]:
     faults: list[Fault] = []
     for path, kind, plugin in _find_plugins(merged):
+        use = strict_yaml.show(plugin["use"])
         try:
             target = plugins.factory(plugins.resolve(kind, plugin["use"]))
         except ConfigError as error:
             faults.append((f"{path}.use", str(error)))
+        except SystemExit:
+            faults.append((f"{path}.use", f"'{use}' is a program: importing it ended the process"))
+        except (OSError, RuntimeError, ValueError) as error:
+            # What the file system and the home folders say of a name that cannot be one.
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            faults.append((f"{path}.use", f"'{use}' cannot be looked up: {reason.lower()}"))
         else:
-            faults += plugins.collect_args(target, plugin["args"], f"{path}.args")[1]
+            found = plugins.collect_args(target, plugin["args"], f"{path}.args")[1]
+            faults += [(where, _without_secrets(where, message)) for where, message in found]
     return faults
+
+
+def _without_secrets(where: str, message: str) -> str:
+    text, got, value = message.partition(", got ")
+    return text + got + ("a secret" if is_secret(where) else blot_entries(value)) if got else message
 
 
 def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
@@ -251,6 +287,10 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
     for path, start in starts.items():
         if start >= num_steps:
             yield f"{path}.start_step", f"step {start} is never reached: train.num_steps is {num_steps}"
+    decay_steps = experiment.optimizer.decay_steps
+    if decay_steps is not None and decay_steps < num_steps:
+        reason = f"the learning rate is 0 from step {decay_steps} on: train.num_steps is {num_steps}"
+        yield "optimizer.decay_steps", reason
     for name, term in objective.rewards.items():
         try:
             check_differentiable(name, plugins.resolve("rewards", term.use))
@@ -262,6 +302,21 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
     if experiment.evaluation.grid_examples > experiment.evaluation.num_examples:
         shown, drawn = experiment.evaluation.grid_examples, experiment.evaluation.num_examples
         yield "evaluation.grid_examples", f"{shown} pictures cannot be shown of evaluation.num_examples = {drawn}"
+    yield from _value_checks(experiment)
+
+
+def _value_checks(experiment: Experiment) -> Iterator[Fault]:
+    """Ranges that would show only once weights are read, and names that no table can hold."""
+    witnesses = experiment.evaluation.witnesses
+    for path, names in (("objective.rewards", experiment.objective.rewards), ("evaluation.witnesses", witnesses)):
+        for name in names:
+            if not _NAME.fullmatch(name):
+                yield path, f"names are letters, digits, '_', '-' and '.', got {strict_yaml.show(repr(name))}"
+    betas, device = experiment.optimizer.betas, experiment.train.device
+    if not all(0 <= beta < 1 for beta in betas):
+        yield "optimizer.betas", f"each must be at least 0 and below 1, got {list(betas)}"
+    if not _DEVICE.fullmatch(device):
+        yield "train.device", f"'{strict_yaml.show(device)}' is no device; use auto, cpu, cuda or cuda:1"
 
 
 def _message(
@@ -271,7 +326,8 @@ def _message(
     rows = []
     for key, message in faults:
         source = _origin(tuple(key.split(".")), flavor, lines, changes)
-        rows.append(f"{key}{f' ({source})' if source else ''}: {message}" if key else message)
+        message = strict_yaml.show(blot(message), _LONGEST_FAULT)
+        rows.append(f"{strict_yaml.show(key, 200)}{f' ({source})' if source else ''}: {message}" if key else message)
     if len(rows) == 1:
         return f"{where}: {rows[0]}"
     return "\n  ".join([f"{where}: {len(rows)} faults", *rows])
@@ -279,13 +335,11 @@ def _message(
 
 def _origin(key: tuple[str, ...], flavor: str | None, lines: strict_yaml.Lines, changes: Mapping[str, Any]) -> str:
     """`line N`, or `override`: where the key, or the nearest mapping around it, was written."""
-    node: Any = changes
-    for part in key:
-        node = node.get(part) if isinstance(node, Mapping) else None
-    if node is not None:
-        return "override"
     for length in range(len(key), 0, -1):
         line = lines.get(("flavors", flavor or "", *key[:length])) or lines.get(key[:length])
+        overridden = strict_yaml.holds(changes, key[:length])
+        if overridden and (length == len(key) or not line):
+            return "override"
         if line:
             return f"line {line}"
     return ""

@@ -4,19 +4,28 @@
 
 The coefficients c_k hold one over the number of valid examples, which is known only after the last micro-batch.
 Keeping a gradient for each term makes the division exact, and gives each term's gradient norm for nothing.
+With several processes the sums go over the examples of all of them.
+
+Shape suffix: P trained parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from rewardgen.distributed import Processes
+from rewardgen.sharding import is_shard, part
+
 Gradient: TypeAlias = list[Tensor]
-"""One tensor for each trained parameter, in their order."""
+"""One tensor for each trained parameter, in their order; of a sharded one, this process's part."""
+
+Complete: TypeAlias = Callable[[Tensor], Tensor]
+"""Sums over processes what was found on parts, a vector of one number for each parameter (`sharding.summing`)."""
 
 
 def differentiate(
@@ -36,11 +45,16 @@ class TermSums:
         self.values: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.gradients: dict[str, Gradient] = {}
+        self.valid: dict[str, list[bool]] = {}
 
     def add(self, name: str, value: Tensor, count: int) -> None:
         """Add a sum over `count` valid examples to a term."""
         self.values[name] = self.values.get(name, 0.0) + float(value.detach())
         self.counts[name] = self.counts.get(name, 0) + count
+
+    def add_valid(self, name: str, valid_B: Tensor) -> None:
+        """Note which scores of a reward were valid, in the order of the examples."""
+        self.valid.setdefault(name, []).extend(valid_B.tolist())
 
     def add_gradient(self, name: str, gradient: Gradient) -> None:
         """Add a gradient to a term's sum. The tensors are kept, not copied."""
@@ -49,6 +63,41 @@ class TermSums:
                 total.add_(grad)
         else:
             self.gradients[name] = gradient
+
+    def sum_over(
+        self,
+        processes: Processes,
+        parameters: Sequence[nn.Parameter],
+        counted_by: Mapping[str, Sequence[str]],
+        topic: str,
+    ) -> dict[str, list[bool]]:
+        """Make every sum one over the examples of all processes, the same in all of them.
+
+        Args:
+            processes: all of them; each must call this, also one that has no valid example.
+            parameters: the trained parameters. What is sharded was summed in the backward pass.
+            counted_by: every key that a sum may have, in the order they get, and the terms whose counts say whether
+                its gradient counts.
+            topic: what the processes meet for.
+
+        Returns:
+            Which scores of each reward were valid, in the order of the examples of all processes.
+        """
+        mine = {"values": self.values, "counts": self.counts, "valid": self.valid, "gradients": list(self.gradients)}
+        said = processes.exchange(topic, mine)
+        terms = [name for name in counted_by if any(name in other["counts"] for other in said)]
+        self.values = {name: sum(other["values"].get(name, 0.0) for other in said) for name in terms}
+        self.counts = {name: sum(other["counts"].get(name, 0) for other in said) for name in terms}
+        own, self.gradients = self.gradients, {}
+        for name, counting in counted_by.items():
+            there = any(name in other["gradients"] for other in said)
+            if there and any(self.counts.get(term) for term in counting):
+                gradient = own[name] if name in own else [torch.zeros_like(part(p)) for p in parameters]
+                pairs = zip(parameters, gradient, strict=True)
+                processes.sum_([grad for parameter, grad in pairs if not is_shard(parameter)])
+                self.gradients[name] = gradient
+        scored = [name for name in counted_by if any(name in other["valid"] for other in said)]
+        return {name: [flag for other in said for flag in other["valid"].get(name, [])] for name in scored}
 
 
 def weighted_sum(gradients: Mapping[str, Gradient], coefficients: Mapping[str, float]) -> Gradient:
@@ -61,25 +110,32 @@ def weighted_sum(gradients: Mapping[str, Gradient], coefficients: Mapping[str, f
     return total
 
 
-def global_norm(gradient: Sequence[Tensor]) -> float:
-    """Euclidean norm over all tensors together."""
-    return float(torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradient]).norm())
+def global_norm(gradient: Sequence[Tensor], complete: Complete | None = None) -> float:
+    """Euclidean norm over all tensors together, and over all processes that hold parts of them."""
+    lengths_P = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradient])
+    return float(lengths_P.norm() if complete is None else complete(lengths_P.square()).sum().sqrt())
 
 
-def norms(gradients: Mapping[str, Gradient], coefficients: Mapping[str, float]) -> dict[str, float]:
+def norms(
+    gradients: Mapping[str, Gradient], coefficients: Mapping[str, float], complete: Complete | None = None
+) -> dict[str, float]:
     """Norm of each term's part of the loss gradient, `|c_k grad S_k|`."""
-    return {name: abs(coefficients[name]) * global_norm(gradient) for name, gradient in gradients.items()}
+    return {name: abs(coefficients[name]) * global_norm(grads, complete) for name, grads in gradients.items()}
 
 
-def cosines(gradients: Mapping[str, Gradient], coefficients: Mapping[str, float]) -> dict[str, float]:
+def cosines(
+    gradients: Mapping[str, Gradient], coefficients: Mapping[str, float], complete: Complete | None = None
+) -> dict[str, float]:
     """Cosine between the parts of the loss gradient, as `cosine/a/b`: below 0 the terms pull against each other.
 
     Pairs with a part of norm 0 are left out.
     """
     result: dict[str, float] = {}
-    lengths = norms(gradients, coefficients)
+    lengths = norms(gradients, coefficients, complete)
     for (a, gradient_a), (b, gradient_b) in combinations(gradients.items(), 2):
         if lengths[a] and lengths[b]:
-            dot = sum(float((x.double() * y.double()).sum()) for x, y in zip(gradient_a, gradient_b, strict=True))
+            pairs = zip(gradient_a, gradient_b, strict=True)
+            dots_P = torch.stack([(x.double() * y.double()).sum() for x, y in pairs])
+            dot = float((dots_P if complete is None else complete(dots_P)).sum())
             result[f"cosine/{a}/{b}"] = coefficients[a] * coefficients[b] * dot / (lengths[a] * lengths[b])
     return result

@@ -2,6 +2,8 @@
 
     L = w_fm * mean(L_fm) - sum_r w_r * mean(r(decode(clean_hat)))        (USO section 3: L_pre + lambda * L_SRL)
 
+With several processes each has micro-batches of its own, and every mean goes over the valid examples of all of them.
+
 Shape suffixes: B batch, L latent tokens, C channels per token, H and W pixels.
 """
 
@@ -16,16 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardgen import gradients, sharding
+from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
 from rewardgen.flow.window import WindowConfig, run_window
-from rewardgen.gradients import TermSums, cosines, differentiate, global_norm, norms, weighted_sum
+from rewardgen.gradients import TermSums, cosines, global_norm, norms, weighted_sum
 from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective, masked_sum
 from rewardgen.optimizer import Optimizer, OptimizerConfig
 from rewardgen.policy import Mode, Policy
 from rewardgen.reward import score
 from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
+from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.types import Condition, Example, Rollout, StepReport, VelocityFn
 
 __all__ = ["Learner", "MicroBatch", "OptimizerConfig"]
@@ -64,6 +69,8 @@ class Learner:
         max_nonfinite_steps: the run stops after so many non-finite gradients in a row.
         term_grad_norms: report each reward's own gradient norm. With several rewards this costs one backward pass
             through the policy for each; without it they share one, where the step is a single micro-batch.
+        processes: all that train this policy, each with a learner of its own; by default this one alone. They start
+            with equal weights (see `sharding.spread`) and stay equal.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Learner:
         ema_decay: float | None = None,
         max_nonfinite_steps: int = 5,
         term_grad_norms: bool = True,
+        processes: Processes | None = None,
     ) -> None:
         if not policy.trainable():
             raise ConfigError("the policy trains nothing; name at least one of its parts in policy.args.train")
@@ -86,14 +94,19 @@ class Learner:
         self.precision: Precision = precision
         self.max_nonfinite_steps = max_nonfinite_steps
         self.term_grad_norms = term_grad_norms
+        self.processes = processes or Processes()
         self.version = 0
         self._parameters = list(policy.trainable().values())
+        # Sharded blocks need every process in each of their backward passes, also one that has no valid example.
+        self._sharded = isinstance(policy, sharding.ShardedPolicy)
+        self._differentiate = sharding.differentiate if self._sharded else gradients.differentiate
+        self._complete = sharding.summing(self._parameters)
         self._optimizer = Optimizer(policy.trainable(), optimizer, ema_decay=ema_decay)
         self._nonfinite_in_a_row = 0
         self._skipped_steps = 0
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int) -> StepReport:
-        """One optimizer step on all micro-batches together.
+        """One optimizer step on all micro-batches of all processes together.
 
         A step whose gradient is not finite, or in which no term has a valid example, changes nothing and is reported
         as skipped.
@@ -101,16 +114,21 @@ class Learner:
         Raises:
             NonFiniteError: too many non-finite gradients in a row.
             ScoringError: a reward failed too often, or broke its contract.
+            ProcessError: another process failed or is gone.
         """
         clock = Clock(device_of(self.policy))
         sums = TermSums()
         merge = len(micro_batches) == 1 and not self.term_grad_norms
         for batch in micro_batches:
+            # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
+            seed_globals(derive_seed("micro_batch", step, *batch.seed_B))
             if self.objective.weight(FLOW_MATCHING, step) > 0:
                 with clock.phase("flow_matching"):
                     self._flow_matching(batch, sums)
             if batch.rollout is not None:
                 self._rewards(batch.rollout, batch.image_size, sums, step=step, merge=merge, clock=clock)
+        with clock.phase("optimizer"):
+            self._sum_over_processes(sums, step)
 
         # L = sum_k c_k S_k and grad L = sum_k c_k grad S_k, with 1 / (valid examples of the whole step) in c_k.
         coefficients = {name: self.objective.coefficient(name, step, count) for name, count in sums.counts.items()}
@@ -118,9 +136,9 @@ class Learner:
         parts = {name: coefficients.get(name, 1.0) for name in sums.gradients}
         with clock.phase("optimizer"):
             gradient = weighted_sum(sums.gradients, parts) if sums.gradients else None
-            grad_norm = 0.0 if gradient is None else global_norm(gradient)
+            grad_norm = 0.0 if gradient is None else global_norm(gradient, self._complete)
             finite = math.isfinite(grad_norm) and all(map(math.isfinite, terms.values()))
-            grad_norms = norms(sums.gradients, parts)
+            grad_norms = norms(sums.gradients, parts, self._complete)
             applied = gradient is not None and finite
             if gradient is not None and finite:
                 self._optimizer.update(gradient, grad_norm, step=step)
@@ -140,8 +158,16 @@ class Learner:
             skipped=not applied,
             seconds_by_phase=clock.seconds_by_phase,
             peak_memory_bytes=clock.peak_memory_bytes(),
-            metrics=cosines(sums.gradients, parts) if finite else {},
+            metrics=cosines(sums.gradients, parts, self._complete) if finite else {},
         )
+
+    def _sum_over_processes(self, sums: TermSums, step: int) -> None:
+        """Make every sum one over the examples of all processes, and judge each reward by all its scores."""
+        rewards = list(self.objective.config.rewards)
+        counted_by = {name: [name] for name in (FLOW_MATCHING, *rewards)} | {_MERGED: rewards}
+        valid = sums.sum_over(self.processes, self._parameters, counted_by, f"the sums of step {step}")
+        for name, flags in valid.items():
+            self.objective.observe(name, torch.tensor(flags))
 
     def _flow_matching(self, batch: MicroBatch, sums: TermSums) -> None:
         """Add `sum_B |velocity(x_t, t) - (noise - clean)|^2` over the examples that have a target."""
@@ -149,6 +175,8 @@ class Learner:
         chosen = [(example, seed) for example, seed in pairs if example.target is not None]
         if not chosen:
             sums.add(FLOW_MATCHING, torch.zeros(()), 0)
+            if self._sharded:
+                self._pass_along(batch, sums)
             return
         examples, seed_B = [example for example, _ in chosen], [seed for _, seed in chosen]
         targets_B3HW = torch.stack([_target(example, batch.image_size) for example in examples])
@@ -159,7 +187,21 @@ class Learner:
             velocity = self._velocity(condition, "train", batch.image_size)
             loss = flow_matching_loss(velocity, clean_BLC, noise_BLC, t_B).sum()
         sums.add(FLOW_MATCHING, loss, len(examples))
-        sums.add_gradient(FLOW_MATCHING, differentiate(loss, self._parameters))
+        if self._sharded:
+            self.processes.exchange("the backward pass")
+        sums.add_gradient(FLOW_MATCHING, self._differentiate(loss, self._parameters))
+
+    def _pass_along(self, batch: MicroBatch, sums: TermSums) -> None:
+        """Run the policy forward and backward for nothing, because the other processes need this one's shards."""
+        length, channels = self.policy.latent_shape(batch.image_size)
+        device, number = device_of(self.policy), len(batch.examples)
+        with torch.enable_grad():
+            velocity = self._velocity(self.policy.encode(batch.examples), "train", batch.image_size)
+            t_B = torch.ones(number, device=device)
+            velocity_BLC = velocity(torch.zeros(number, length, channels, device=device), t_B)
+        self.processes.exchange("the backward pass")
+        gradient = self._differentiate(velocity_BLC, self._parameters, torch.zeros_like(velocity_BLC))
+        sums.add_gradient(FLOW_MATCHING, gradient)
 
     def _rewards(
         self, rollout: Rollout, image_size: tuple[int, int], sums: TermSums, *, step: int, merge: bool, clock: Clock
@@ -183,19 +225,25 @@ class Learner:
                 seen_B3HW = pixels_B3HW.detach().to(torch.promote_types(pixels_B3HW.dtype, torch.float32))
                 seen_B3HW.requires_grad_()
                 result = score(self.objective.rewards[name], seen_B3HW, examples, enable_grad=True)
-                self.objective.observe(name, result.valid_B)
+                sums.add_valid(name, result.valid_B)
                 total, count = masked_sum(result)
                 sums.add(name, total, count)
                 if count:
                     (grad_B3HW,) = torch.autograd.grad(total, seen_B3HW)
                     valid_B = result.valid_B.to(grad_B3HW.device)
                     pixel_grads[name] = grad_B3HW.where(valid_B[:, None, None, None], 0.0).to(pixels_B3HW.dtype)
-        if merge and len(pixel_grads) > 1:
-            scaled = [self.objective.coefficient(n, step, sums.counts[n]) * grad for n, grad in pixel_grads.items()]
-            pixel_grads = {_MERGED: torch.stack(scaled).sum(0)}
+                elif self._sharded:
+                    pixel_grads[name] = torch.zeros_like(pixels_B3HW)
+        if merge and len(self.objective.active_rewards(step)) > 1:
+            said = self.processes.exchange("the scores", sums.counts)
+            counts = {name: sum(other.get(name, 0) for other in said) for name in pixel_grads}
+            scaled = [self.objective.coefficient(n, step, counts[n]) * grad for n, grad in pixel_grads.items()]
+            pixel_grads = {_MERGED: torch.stack(scaled).sum(0)} if scaled else {}
         with clock.phase("backward"):
             for left, (name, grad_B3HW) in zip(reversed(range(len(pixel_grads))), pixel_grads.items(), strict=True):
-                gradient = differentiate(pixels_B3HW, self._parameters, grad_B3HW, keep_graph=left > 0)
+                if self._sharded:
+                    self.processes.exchange("the backward pass")
+                gradient = self._differentiate(pixels_B3HW, self._parameters, grad_B3HW, keep_graph=left > 0)
                 sums.add_gradient(name, gradient)
 
     def _velocity(self, condition: Condition, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:

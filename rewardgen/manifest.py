@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def write_manifest(
     """Write `manifest.json`: what made this run. An older one is kept as `manifest-001.json` and so on.
 
     It holds the experiment, versions, the checkout's commit, the weights' SHA-256, platform, devices and command
-    line; no environment variables and no host name, and what looks like a secret is blotted out.
+    line; no environment variables and no host name, and secrets are blotted out (`redact`).
 
     Args:
         folder: the run's folder, made if missing.
@@ -45,7 +45,7 @@ def write_manifest(
     try:
         manifest = {
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "command": [_blot(argument) for argument in sys.argv],
+            "command": _blot_command(sys.argv),
             "versions": _versions(),
             "git": _git(Path(rewardgen.__file__).resolve().parent.parent),
             "platform": {"system": platform.platform(), "machine": platform.machine(), "devices": _devices()},
@@ -64,21 +64,66 @@ def write_manifest(
     return path
 
 
-_SECRET = re.compile(r"(?i)(^|[_.\-])((api|access|secret|private)_?key|token|secret|password|passwd|credentials?)$")
+_SECRET_NAME = (
+    r"token(?!s|iz)|(?:api|access|auth|hub|bearer)[_\-]?tokens|secret|password|passwd|passphrase|credential|bearer"
+    r"|authorization|(?:api|access|auth|private|account|signing|encryption)[_.\-]?key"
+)
+_SECRET = re.compile(_SECRET_NAME, re.IGNORECASE)
+_IN_URL = re.compile(r"(:/{1,2})[^/?#\s'\"]+@")  # a URL taken for a path has one slash left
+_PARAMETER = re.compile(rf"([?&](?:[^=&\s]*(?:{_SECRET_NAME}|signature)[^=&\s]*|key|sig)=)[^&#\s'\"]+", re.IGNORECASE)
+_ENTRY = re.compile(
+    rf"([\w.\-]*(?:{_SECRET_NAME})[\w.\-]*[\"']?\s*[:=]\s*)(\"[^\"]*\"?|'[^']*'?|[^,}}\]\n]+)", re.IGNORECASE
+)
+_SHORTEST_SECRET = 8
+"""Shorter values of environment variables are placeholders such as EMPTY, and words that may stand anywhere."""
+BLOT = "***"
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key's name says that its value is a secret: `api_key`, `hub_token`, `password`; not `max_tokens`."""
+    return _SECRET.search(key) is not None
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """A copy of nested JSON in which strings under keys such as `api_key` or `hub_token` are blotted out."""
+    """A copy of nested JSON in which secrets are blotted out.
+
+    These are the strings under keys such as `api_key` or `hub_token` at any depth, numbers under a password or secret,
+    and in all other strings what `blot` finds.
+    """
     if isinstance(value, Mapping):
-        return {name: redact(inner, str(name)) for name, inner in value.items()}
+        return {name: redact(inner, f"{key}.{name}" if is_secret(key) else str(name)) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [redact(inner, key) for inner in value]
-    return "***" if isinstance(value, str) and _SECRET.search(key) else value
+    if isinstance(value, str):
+        return BLOT if is_secret(key) else blot(value)
+    # A number may be a password; one under `token` or the like counts something.
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return BLOT if number and re.search(r"(?i)passw|secret|credential", key) else value
 
 
-def _blot(argument: str) -> str:
-    key, equals, _ = argument.partition("=")
-    return f"{key}=***" if equals and _SECRET.search(key) else argument
+def blot(text: str) -> str:
+    """Text without the values of secret environment variables and without credentials in URLs."""
+    values = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST_SECRET}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, BLOT)
+    return _PARAMETER.sub(rf"\1{BLOT}", _IN_URL.sub(rf"\1{BLOT}@", text))
+
+
+def blot_entries(text: str) -> str:
+    """As `blot`, and without what follows a secret's name: `judge={args: {api_key: ***}}`. For arguments, not prose."""
+    key, equals, _ = text.partition("=")
+    if equals and is_secret(key):
+        return f"{key}={BLOT}"
+    return blot(_ENTRY.sub(rf"\1{BLOT}", text))
+
+
+def _blot_command(arguments: Sequence[str]) -> list[str]:
+    """A command line for showing: also the argument after an option such as `--token` goes."""
+    after = ["", *arguments]
+    return [
+        BLOT if before.startswith("-") and "=" not in before and is_secret(before) else blot_entries(argument)
+        for before, argument in zip(after, arguments, strict=False)
+    ]
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,7 +1,8 @@
-"""AdamW with warm-up, gradient clipping and an optional average of the weights."""
+"""AdamW with warm-up, cosine decay, gradient clipping and an optional average of the weights."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from rewardgen.errors import CheckpointError
 from rewardgen.settings import Settings
+from rewardgen.sharding import gathered, part, part_of
 
 
 class OptimizerConfig(Settings):
@@ -26,7 +28,9 @@ class OptimizerConfig(Settings):
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises linearly; constant afterwards."""
+    """Steps over which the learning rate rises linearly."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Step at which half a cosine, begun after the warm-up, has brought the learning rate to 0; null keeps it up."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """The gradient of all trained parameters together is scaled down to this norm."""
 
@@ -35,7 +39,7 @@ class Optimizer:
     """Applies a gradient to the trained parameters.
 
     Args:
-        parameters: trained parameters by name, in a stable order.
+        parameters: trained parameters by name, in a stable order. Of sharded ones each process moves its own part.
         config: AdamW's settings.
         ema_decay: decay of the average of the weights, in float32; None keeps no average.
     """
@@ -45,7 +49,8 @@ class Optimizer:
     ) -> None:
         self.config = config
         self.ema_decay = ema_decay
-        self._parameters = dict(parameters)
+        self._whole = dict(parameters)
+        self._parameters = {name: _own(parameter) for name, parameter in parameters.items()}
         self._adamw = torch.optim.AdamW(
             list(self._parameters.values()),
             lr=config.lr,
@@ -57,7 +62,12 @@ class Optimizer:
 
     def lr(self, step: int) -> float:
         """Learning rate of a training step (0-based), a function of nothing else."""
-        return self.config.lr * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        warmup, decay = self.config.warmup_steps, self.config.decay_steps
+        if step < warmup:
+            return self.config.lr * (step + 1) / warmup
+        if decay is None:
+            return self.config.lr
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, decay - warmup))))
 
     def update(self, gradient: Sequence[Tensor], grad_norm: float, *, step: int) -> None:
         """Clip, step, average. `grad_norm` is the global norm of `gradient`, which must be finite."""
@@ -83,36 +93,49 @@ class Optimizer:
             _copy_into(self._parameters, own)
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters, average and moments, by name. Tensors are the live ones, not copies."""
-        tensors = {f"trainable/{name}": p.detach() for name, p in self._parameters.items()}
-        tensors |= {f"average/{name}": average for name, average in self._average.items()}
+        """Parameters, average and moments, by name. Tensors are the live ones, not copies.
+
+        Where parameters are sharded all processes must call it; the first gets their wholes, the others stand-ins.
+        """
+        tensors = {f"trainable/{name}": gathered(self._whole[name], p.detach()) for name, p in self._parameters.items()}
+        tensors |= {f"average/{name}": gathered(self._whole[name], value) for name, value in self._average.items()}
         for name, parameter in self._parameters.items():
-            tensors |= {f"adamw/{key}/{name}": value for key, value in self._adamw.state[parameter].items()}
+            for key, value in self._adamw.state[parameter].items():
+                tensors[f"adamw/{key}/{name}"] = value if key == "step" else gathered(self._whole[name], value)
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `state()`.
+        """Restore `state()`, from wholes in every process.
 
         Raises:
             CheckpointError: a tensor is missing, left over, or of another shape.
         """
-        expected = {f"trainable/{name}": p.shape for name, p in self._parameters.items()}
-        expected |= {f"average/{name}": average.shape for name, average in self._average.items()}
+        expected = {f"trainable/{name}": p.shape for name, p in self._whole.items()}
+        expected |= {f"average/{name}": self._whole[name].shape for name in self._average}
         # AdamW has no state before its first step.
         if any(key.startswith("adamw/") for key in tensors):
-            for name, p in self._parameters.items():
+            for name, p in self._whole.items():
                 shapes = {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                 expected |= {f"adamw/{key}/{name}": shape for key, shape in shapes.items()}
         _check_layout(tensors, expected)
-        _copy_into(self._parameters, {name: tensors[f"trainable/{name}"] for name in self._parameters})
-        _copy_into(self._average, {name: tensors[f"average/{name}"] for name in self._average})
+        own = {name: part_of(self._whole[name], tensors[f"trainable/{name}"]) for name in self._parameters}
+        _copy_into(self._parameters, own)
+        _copy_into(
+            self._average, {name: part_of(self._whole[name], tensors[f"average/{name}"]) for name in self._average}
+        )
         state: dict[int, dict[str, Any]] = {}
-        for index, name in enumerate(self._parameters):
+        for index, (name, whole) in enumerate(self._whole.items()):
             if f"adamw/step/{name}" in tensors:
-                state[index] = {
-                    key: tensors[f"adamw/{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                moments = {key: part_of(whole, tensors[f"adamw/{key}/{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+                found = {"step": tensors[f"adamw/step/{name}"]} | moments
+                state[index] = {key: value.clone() for key, value in found.items()}
         self._adamw.load_state_dict({"state": state, "param_groups": self._adamw.state_dict()["param_groups"]})
+
+
+def _own(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, or of a sharded one a parameter that shares its part's memory: AdamW goes element by element."""
+    held = part(parameter)
+    return parameter if held is parameter else nn.Parameter(held, requires_grad=parameter.requires_grad)
 
 
 def _wide(parameter: Tensor) -> Tensor:

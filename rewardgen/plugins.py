@@ -1,7 +1,9 @@
 """Plug-ins by name: `csd` (a file of the matching folder), `package.module:Class`, `./file.py:Class`.
 
-There is no registry: the file's name is the plug-in's name. Resolving imports the plug-in's module and nothing else;
-`check_args` compares arguments with a signature and calls nothing.
+A reward may also be a plain function (`package.module:function`, `./file.py:function`), or the name of an entry point
+that an installed distribution declares in the group `rewardgen.rewards`.
+
+There is no registry: the file's name is the plug-in's name. Resolving imports the plug-in's module and nothing else.
 """
 
 from __future__ import annotations
@@ -10,49 +12,52 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import pkgutil
 import sys
 import traceback
-import typing
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
-
+import rewardgen
+from rewardgen.arguments import check_args as check_args
+from rewardgen.arguments import collect_args as collect_args
 from rewardgen.errors import ConfigError, nearest
 
 Kind = Literal["rewards", "policies", "data"]
 
+ENTRY_POINT_GROUP = "rewardgen.rewards"
+"""Entry points of this group are rewards: name -> class or function."""
+
 
 def resolve(kind: Kind, use: str) -> type[Any]:
-    """Return the class that `use` names, importing its module.
+    """Return the class that `use` names, importing its module. A reward function becomes a class of its own name.
 
     Args:
         kind: the folder for bare names, and the contract the class must keep: `rewards` -> `Reward`,
             `policies` -> `Policy`, `data` -> `__len__` and `__getitem__`.
-        use: `name`, `package.module:Class` or `path/to/file.py:Class` (relative to the working directory).
+        use: `name`, `package.module:Class` or `path/to/file.py:Class` (relative to the working directory). A bare
+            name is a bundled file, or else an entry point: what is installed beside rewardgen never changes what a
+            bundled name means.
 
     Raises:
         ConfigError: the name, module, file or class does not exist, does not import, or breaks the contract.
     """
-    place, _, class_name = use.rpartition(":")
+    place, _, name = use.rpartition(":")
     if not place:
-        return (
-            _the_class(kind, _import(f"rewardgen.{kind}.{use}", use)) if _is_bundled(kind, use) else _no_such(kind, use)
-        )
-    if not class_name.isidentifier():
+        return _by_name(kind, use)
+    if not name.isidentifier():
         raise ConfigError(f"'{use}' names no class; write it as '{place}:ClassName'")
     module = _import_file(place, use) if place.endswith(".py") else _import_dotted(place, use)
-    found = getattr(module, class_name, None)
-    if not inspect.isclass(found):
-        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
-        raise ConfigError(f"'{place}' has no class '{class_name}'.{nearest(class_name, classes)}")
-    _check_contract(kind, found, use)
-    return found
+    found = getattr(module, name, None)
+    if not _may_be(kind, found):
+        wanted = "class or function" if kind == "rewards" else "class"
+        there = [other for other, value in vars(module).items() if _may_be(kind, value)]
+        raise ConfigError(f"'{place}' has no {wanted} '{name}'.{nearest(name, there)}")
+    return _as_class(kind, found, use)
 
 
 def bundled(kind: Kind) -> list[str]:
@@ -67,57 +72,47 @@ def factory(cls: type[Any]) -> Callable[..., Any]:
     return made
 
 
-def check_args(target: Callable[..., Any], args: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Check keyword arguments against a typed signature, without calling it.
+def _may_be(kind: Kind, found: object) -> bool:
+    return inspect.isclass(found) or (kind == "rewards" and inspect.isfunction(found))
 
-    Args:
-        target: class, classmethod or function. A parameter without annotation accepts anything.
-        args: values as YAML gives them (mappings, lists, strings, numbers, booleans, null).
-        path: dotted path of the arguments in the experiment, for messages.
 
-    Returns:
-        The arguments with values converted to the annotated types (a list to a tuple, a string to a `Path`).
+def _as_class(kind: Kind, found: Any, use: str) -> type[Any]:
+    if inspect.isfunction(found):
+        from rewardgen.reward_function import function_reward
 
-    Raises:
-        ConfigError: one line for each unknown, missing or ill-typed argument.
-    """
-    checked, faults = collect_args(target, args, path)
-    if faults:
-        raise ConfigError("\n".join(f"{where}: {message}" for where, message in faults))
+        return function_reward(found)
+    _check_contract(kind, found, use)
+    checked: type[Any] = found
     return checked
 
 
-def collect_args(
-    target: Callable[..., Any], args: Mapping[str, Any], path: str
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """As `check_args`, but returns the faults as (dotted path, message) instead of raising."""
-    signature = inspect.Signature() if _takes_nothing(target) else inspect.signature(target)
-    parameters = {
-        name: parameter
-        for name, parameter in signature.parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    hints = _type_hints(target)
-    checked: dict[str, Any] = {}
-    faults: list[tuple[str, str]] = []
-    for name, value in args.items():
-        if name in parameters:
-            try:
-                checked[name] = _convert(value, hints.get(name, Any))
-            except ValidationError as error:
-                for fault in error.errors(include_url=False):
-                    where = ".".join([path, name, *(str(part) for part in fault["loc"])])
-                    faults.append((where, f"{_lower_first(fault['msg'])}, got {value!r}"))
-        elif takes_any:
-            checked[name] = value
-        else:
-            known = nearest(name, parameters) or f" It takes: {', '.join(parameters) or 'no arguments'}."
-            faults.append((f"{path}.{name}", f"unknown argument.{known}"))
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in args:
-            faults.append((f"{path}.{name}", "required argument is missing"))
-    return checked, faults
+def _by_name(kind: Kind, use: str) -> type[Any]:
+    # One distribution may be found twice on the path.
+    declared = {point.value: point for point in _entry_points(kind) if point.name == use}
+    if _is_bundled(kind, use):
+        for point in declared.values():
+            warnings.warn(f"'{use}' is the bundled one; write out {_origin(point)} to use that", stacklevel=3)
+        return _the_class(kind, _import(f"rewardgen.{kind}.{use}", use))
+    if not declared:
+        return _no_such(kind, use)
+    if len(declared) > 1:
+        origins = " and ".join(sorted(map(_origin, declared.values())))
+        raise ConfigError(f"'{use}' is declared by {origins}; write out the one you mean")
+    (point,) = declared.values()
+    try:
+        if not point.attr:
+            raise ConfigError("it names no class or function")
+        return resolve(kind, f"{point.module}:{point.attr}")
+    except ConfigError as error:
+        raise ConfigError(f"'{use}' is {_origin(point)}: {error}") from error
+
+
+def _entry_points(kind: Kind) -> Iterable[EntryPoint]:
+    return entry_points(group=ENTRY_POINT_GROUP) if kind == "rewards" else ()
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"'{point.value}'" + (f" of {point.dist.name} {point.dist.version}" if point.dist else "")
 
 
 def _is_bundled(kind: Kind, use: str) -> bool:
@@ -126,10 +121,11 @@ def _is_bundled(kind: Kind, use: str) -> bool:
 
 def _no_such(kind: Kind, use: str) -> type[Any]:
     names = bundled(kind)
+    declared = sorted({point.name for point in _entry_points(kind)})
     for other in ("rewards", "policies", "data"):
         if other != kind and _is_bundled(other, use):
             raise ConfigError(f"'{use}' is found among {other}, but {kind} are wanted here: {', '.join(names)}")
-    guess = nearest(use, names) or f" There are: {', '.join(names)}."
+    guess = nearest(use, names + declared) or f" There are: {', '.join(names + declared)}."
     raise ConfigError(
         f"no file '{use}.py' among the bundled {kind}.{guess}"
         " One's own class is written 'package.module:Class' or './file.py:Class'."
@@ -187,10 +183,18 @@ def _import_failed(use: str, error: Exception) -> ConfigError:
 
 
 def _see_working_directory() -> None:
-    # At the end: a user's file must not take the place of a module of the standard library.
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    here = Path.cwd()
+    if str(here) in sys.path:
+        return
+    # At the end: a user's file must not take the place of a module of the standard library. Yet a user's own package
+    # `rewards` or `policies` comes before the checkout of rewardgen, which has folders of these names at its top.
+    place = len(sys.path)
+    if (here / "rewards").is_dir() or (here / "policies").is_dir():
+        checkout = Path(rewardgen.__file__).resolve().parent.parent
+        entries = [Path(entry).resolve() for entry in sys.path]
+        if checkout in entries and (checkout / "pyproject.toml").is_file():
+            place = entries.index(checkout)
+    sys.path.insert(place, str(here))
 
 
 def _the_class(kind: Kind, module: ModuleType) -> type[Any]:
@@ -226,44 +230,3 @@ def _contract_fault(kind: Kind, cls: type[Any]) -> str:
     else:
         from rewardgen.policy import Policy as Contract  # type: ignore[assignment]
     return "" if issubclass(cls, Contract) else f"is no subclass of rewardgen's {Contract.__name__}"
-
-
-def _takes_nothing(target: Callable[..., Any]) -> bool:
-    # A torch module without an __init__ of its own has torch's, which says **kwargs and accepts none.
-    return inspect.isclass(target) and getattr(target.__init__, "__module__", "").startswith("torch.nn")
-
-
-def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target
-    hints: dict[str, Any] = {}
-    for name, annotation in inspect.get_annotations(inspect.unwrap(getattr(function, "__func__", function))).items():
-        # One by one: a name imported only for the type checker leaves its own argument unchecked, not all of them.
-        try:
-            hints[name] = typing.get_type_hints(SimpleNamespace(__annotations__={name: annotation}), _names(function))[
-                name
-            ]
-        except (NameError, TypeError, AttributeError):
-            hints[name] = Any
-    return hints
-
-
-def _names(function: Any) -> dict[str, Any]:
-    return dict(vars(sys.modules[function.__module__])) if function.__module__ in sys.modules else {}
-
-
-def _convert(value: Any, annotation: Any) -> Any:
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
-    except PydanticSchemaGenerationError:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-        return adapter.validate_python(value)
-    except TypeError:
-        # The annotation is a class with a pydantic configuration of its own.
-        adapter = TypeAdapter(annotation)
-    # JSON's strict mode is what YAML needs: no "3" for 3 and no true for 1, yet lists make tuples and strings paths.
-    return adapter.validate_json(json.dumps(value), strict=True)
-
-
-def _lower_first(message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]

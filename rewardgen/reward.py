@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 
 from rewardgen.errors import ScoringError
 from rewardgen.types import Example, Score
+
+
+class RewardWarning(UserWarning):
+    """A reward could not score and masked what it was asked for. `check_reward` takes it for a fault."""
 
 
 class Reward(nn.Module, ABC):
@@ -57,8 +62,8 @@ CHECK_TOLERANCE = 1e-5
 
 def check_reward(
     reward: Reward, *, image_size: tuple[int, int] = (64, 64), examples: Sequence[Example] | None = None, seed: int = 0
-) -> None:
-    """Check that a reward keeps the contract the engine relies on; returns nothing when it does.
+) -> tuple[str, ...]:
+    """Check that a reward keeps the contract the engine relies on.
 
     Scores random pictures on the device of the reward's weights, about ten calls in all (mind a paid judge). Checked:
     shapes, types and devices; finite values, also for pixels slightly outside [0, 1]; that inputs are left alone; that
@@ -71,6 +76,9 @@ def check_reward(
         examples: at least two, which the reward applies to. Default: three with a prompt, a target and random
             pictures as content, style and identity references.
         seed: of the random pictures.
+
+    Returns:
+        What was found to hold, one line each.
 
     Raises:
         ScoringError: the first broken promise, in one sentence.
@@ -85,14 +93,27 @@ def check_reward(
     if len(examples) < 2:
         raise ScoringError(f"check_reward needs at least two examples for {name}, got {len(examples)}")
     device = next((tensor.device for tensor in chain(reward.parameters(), reward.buffers())), torch.device("cpu"))
-    pixels = torch.rand(len(examples), 3, *image_size, generator=rng).to(device)
+    # Pictures of plain noise are all equally bright: who normalises over the batch would hardly show.
+    exponents_B = torch.linspace(0.5, 2, len(examples))
+    pixels = (torch.rand(len(examples), 3, *image_size, generator=rng) ** exponents_B[:, None, None, None]).to(device)
 
-    first = _score_keeping_inputs(reward, pixels, examples)
-    if not bool(first.valid_B.any()):
-        raise ScoringError(f"{name} finds no example valid; pass examples= that it applies to")
-    _checked_score(reward, 1.1 * pixels - 0.05, examples)
-    _check_independence(reward, pixels, examples, first)
-    _check_gradient(reward, pixels, examples, first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RewardWarning)
+        first = _score_keeping_inputs(reward, pixels, examples)
+        if not bool(first.valid_B.any()):
+            raise ScoringError(f"{name} finds no example valid; pass examples= that it applies to")
+        _checked_score(reward, 1.1 * pixels - 0.05, examples)
+        _check_independence(reward, pixels, examples, first)
+        _check_gradient(reward, pixels, examples, first)
+    gradient = "finite, and not zero for any valid picture" if reward.differentiable else "none, as it says"
+    return (
+        f"scores {len(examples)} pictures of {image_size[0]}x{image_size[1]}, {int(first.valid_B.sum())} of them valid",
+        "one floating-point value and one bool for each picture, on the pictures' device",
+        "values are finite, also for pixels slightly outside [0, 1]",
+        "pictures and references are left alone",
+        "a picture's score is the same the second time, in another order and alone",
+        f"gradient: {gradient}",
+    )
 
 
 def _random_examples(rng: torch.Generator) -> list[Example]:
@@ -119,6 +140,10 @@ def _checked_score(reward: Reward, pixels: Tensor, examples: Sequence[Example], 
     try:
         with torch.set_grad_enabled(enable_grad):
             result = reward.score(pixels, examples)
+    except ScoringError:
+        raise
+    except RewardWarning as warning:
+        raise ScoringError(str(warning)) from warning
     except Exception as error:
         raise ScoringError(f"{name}.score raised {type(error).__name__}: {error}") from error
     if not isinstance(result, Score):

@@ -14,9 +14,10 @@ class Settings(BaseModel):
 
 
 class Plugin(Settings):
-    """A class named in an experiment, and the arguments of its constructor."""
+    """A class or function named in an experiment, and its arguments."""
 
     use: str
-    """`csd` (a file of the matching folder), `package.module:Class`, or `./file.py:Class`."""
+    """`csd` (a file of the matching folder), `package.module:Class`, `./file.py:Class`, an entry point's name, or, for
+    a reward, a function in place of the class."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the constructor, checked against its signature before anything is loaded."""
+    """Keyword arguments of the constructor or function, checked against its signature before anything is loaded."""

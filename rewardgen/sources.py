@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rewardgen.errors import CheckpointError, ConfigError, nearest
+from rewardgen.manifest import blot, is_secret
 
 ASSETS = Path(__file__).resolve().parent / "world" / "assets"
 """The bundled tiny world: `world:NAME` is a file or folder below it."""
@@ -24,7 +25,7 @@ class Source:
 
     Args:
         path: dotted path in the experiment.
-        text: as written there.
+        text: as written there; values under keys that name a secret are never taken for sources.
         kind: `world` (bundled), `hub file` (`owner/name:file`), `hub repository` (`owner/name`) or `local`.
         location: where it lies on this machine, None where it is not here (yet).
     """
@@ -39,7 +40,8 @@ def find_sources(args: Any, path: str) -> Iterator[Source]:
     """Yield every source named in (nested) plug-in arguments. Contacts no host: the hub's cache is looked into."""
     if isinstance(args, Mapping):
         for key, value in args.items():
-            yield from find_sources(value, f"{path}.{key}")
+            if not is_secret(str(key)):
+                yield from find_sources(value, f"{path}.{key}")
     elif isinstance(args, list | tuple):
         for index, value in enumerate(args):
             yield from find_sources(value, f"{path}.{index}")
@@ -57,7 +59,9 @@ def materialise(args: Any, path: str) -> Any:
         CheckpointError: a hub file cannot be had.
     """
     if isinstance(args, Mapping):
-        return {key: materialise(value, f"{path}.{key}") for key, value in args.items()}
+        return {
+            key: value if is_secret(str(key)) else materialise(value, f"{path}.{key}") for key, value in args.items()
+        }
     if isinstance(args, list | tuple):
         return [materialise(value, f"{path}.{index}") for index, value in enumerate(args)]
     source = _find(args, path) if isinstance(args, str) else None
@@ -82,36 +86,54 @@ def require(source: Source) -> None:
 
 def _find(text: str, path: str) -> Source | None:
     if text.startswith("world:"):
-        place = (ASSETS / text.removeprefix("world:")).resolve()
-        inside = place.is_relative_to(ASSETS) and place != ASSETS and place.exists()
-        return Source(path=path, text=text, kind="world", location=place if inside else None)
+        place = ASSETS / text.removeprefix("world:")
+        inside = _exists(place) and place.resolve().is_relative_to(ASSETS) and place.resolve() != ASSETS
+        return Source(path=path, text=text, kind="world", location=place.resolve() if inside else None)
     if (Path(text).suffix in _FILE_ENDINGS and ":" not in text) or text.startswith(("./", "../", "/", "~/")):
-        place = Path(text).expanduser()
-        return Source(path=path, text=text, kind="local", location=place if place.exists() else None)
+        place = _at_home(text)
+        return Source(path=path, text=text, kind="local", location=place if _exists(place) else None)
     if match := _HUB_FILE.fullmatch(text):
         return Source(path=path, text=text, kind="hub file", location=_cached(match["repo"], match["file"]))
     if _HUB_REPO.fullmatch(text):
-        if Path(text).exists():
+        if _exists(Path(text)):
             return Source(path=path, text=text, kind="local", location=Path(text))
         here = _cached(text, "model_index.json") or _cached(text, "config.json")
         return Source(path=path, text=text, kind="hub repository", location=here.parent if here else None)
     return None
 
 
+def _at_home(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # nobody of that name has a home here
+        return Path(text)
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # not a name that a file can have: too long, say
+        return False
+
+
 def _cached(repo: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(repo, file)
+    try:
+        found = try_to_load_from_cache(repo, file)
+    except HFValidationError:  # not a name that a repository can have
+        return None
     return Path(found) if isinstance(found, str) else None
 
 
 def _download(source: Source) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, file = source.text.partition(":")
     try:
         return Path(hf_hub_download(repo, file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = blot((str(error).strip() or type(error).__name__).splitlines()[0])
         raise CheckpointError(f"{source.path}: '{source.text}' could not be fetched: {reason}") from error

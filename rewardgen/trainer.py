@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rewardgen.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from rewardgen.checkpoint import (
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from rewardgen.distributed import Strategy
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.fleet.pool import Pool
 from rewardgen.flow.window import draw_entry
@@ -31,9 +39,11 @@ class TrainConfig(Settings):
     num_steps: int = Field(default=1000, ge=1)
     """Optimizer steps of the whole run."""
     batch_size: int = Field(default=1, ge=1)
-    """Examples in one forward pass (the micro-batch)."""
+    """Examples in one forward pass (the micro-batch) of each process."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-batches in one optimizer step."""
+    """Micro-batches of each process in one optimizer step."""
+    strategy: Strategy = "ddp"
+    """How several processes (`torchrun`, `accelerate launch`) share the model: `ddp` copies it, `fsdp` shards it."""
     precision: Precision = "fp32"
     """Arithmetic of the policy's forward pass; trained parameters and optimizer stay as loaded (fp32)."""
     gradient_checkpointing: bool = False
@@ -43,7 +53,11 @@ class TrainConfig(Settings):
     checkpoint_every: int = Field(default=100, ge=0)
     """Steps between checkpoints; 0 keeps only the one at the end."""
     keep_last: int = Field(default=2, ge=1)
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept, the newest."""
+    keep_best: int = Field(default=0, ge=0)
+    """How many more are kept: those of the best evaluations during training, each saved right after its evaluation."""
+    keep_best_metric: str | None = None
+    """The metric that says which are best, one of the evaluation's; higher is better."""
     max_nonfinite_steps: int = Field(default=5, ge=1)
     """The run stops after so many non-finite gradients in a row; single ones are skipped and counted."""
     term_grad_norms: bool = True
@@ -56,6 +70,12 @@ class TrainConfig(Settings):
     """Probability that a flow-matching example loses its style references (0.25 in USO's joint training)."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`."""
+
+    @model_validator(mode="after")
+    def _best_by_something(self) -> Self:
+        if self.keep_best and self.keep_best_metric is None:
+            raise ValueError(f"keep_best is {self.keep_best}, but keep_best_metric does not say by which metric")
+        return self
 
 
 class Dataset(Protocol):
@@ -89,7 +109,8 @@ class Trainer:
 
     Every random choice derives from (seed, purpose, step, example, place in the batch) and the data's order is a
     function of the step, so that a resumed run equals the uninterrupted one, and a step does not depend on how it is
-    cut into micro-batches.
+    cut into micro-batches or shared among the learner's processes. Each of these has a trainer and runs it alike; the
+    first one's reports and saves.
 
     Args:
         learner: holds the policy and the objective.
@@ -100,7 +121,7 @@ class Trainer:
         seed: the run's seed.
         folder: checkpoints go to `folder/checkpoints`.
         reporter: gets each step's report.
-        evaluate: called with the number of completed steps, every `evaluate_every` steps.
+        evaluate: called with the number of completed steps, every `evaluate_every` steps; returns the metrics' means.
         evaluate_every: 0 never calls it.
     """
 
@@ -115,12 +136,13 @@ class Trainer:
         seed: int,
         folder: Path,
         reporter: StepReporter,
-        evaluate: Callable[[int], None] | None = None,
+        evaluate: Callable[[int], Mapping[str, float]] | None = None,
         evaluate_every: int = 0,
     ) -> None:
         if len(dataset) == 0:
             raise ConfigError("data.train has no examples")
         self.learner = learner
+        self.processes = learner.processes
         self.pool = pool
         self.dataset = dataset
         self.rollout = rollout
@@ -131,6 +153,7 @@ class Trainer:
         self._reporter = reporter
         self._evaluate = evaluate
         self._evaluate_every = evaluate_every
+        self._best: dict[int, dict[str, float]] = {}
 
     def run(self) -> Outcome:
         """Train to `config.num_steps`, from step 0 or from where `resume` left off.
@@ -139,13 +162,16 @@ class Trainer:
         """
         checkpoint: Path | None = None
         with stop_signal() as stopped:
-            while self.completed_steps < self.config.num_steps and not stopped.is_set():
+            while self.completed_steps < self.config.num_steps and not self._any(stopped.is_set()):
                 checkpoint = None
-                self._reporter.step(self.step(self.completed_steps))
+                report = self.step(self.completed_steps)
+                if self.processes.is_first:
+                    self._reporter.step(report)
                 self.completed_steps += 1
+                among_best = False
                 if self._evaluate is not None and _due(self.completed_steps, self._evaluate_every):
-                    self._evaluate(self.completed_steps)
-                if _due(self.completed_steps, self.config.checkpoint_every):
+                    among_best = self._among_best(self._evaluate(self.completed_steps))
+                if among_best or _due(self.completed_steps, self.config.checkpoint_every):
                     checkpoint = self.save()
             return Outcome(
                 completed_steps=self.completed_steps,
@@ -174,13 +200,16 @@ class Trainer:
         return dataclasses.replace(report, seconds_by_phase=clock.seconds_by_phase | dict(report.seconds_by_phase))
 
     def _examples(self, step: int) -> list[list[tuple[int, Example]]]:
-        """The step's micro-batches of (place in the whole batch, example): each epoch is a permutation of the data."""
-        size, whole = len(self.dataset), self.config.batch_size * self.config.accumulation
+        """This process's micro-batches of the step: (place in the batch of all processes, example).
+
+        Each epoch is a permutation of the data, and each process has the places after those of the one before it.
+        """
+        size, share = len(self.dataset), self.config.batch_size * self.config.accumulation
         chosen = []
-        for place in range(whole):
-            epoch, position = divmod(step * whole + place, size)
+        for place in range(self.processes.rank * share, (self.processes.rank + 1) * share):
+            epoch, position = divmod(step * share * self.processes.size + place, size)
             chosen.append((place, self.dataset[_permutation(derive_seed(self.seed, "order", epoch), size)[position]]))
-        return [chosen[i : i + self.config.batch_size] for i in range(0, whole, self.config.batch_size)]
+        return [chosen[i : i + self.config.batch_size] for i in range(0, share, self.config.batch_size)]
 
     def _rollouts(self, step: int, batches: list[list[tuple[int, Example]]]) -> list[Rollout] | list[None]:
         """Draw the prefixes for the reward terms; fresh noise, full conditions, one entry step for the whole batch."""
@@ -200,7 +229,11 @@ class Trainer:
             )
             for batch in batches
         ]
-        futures = [self.pool.submit("rollout", request, weights) for request in requests]
+        futures = []
+        for request in requests:
+            # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
+            seed_globals(derive_seed("rollout", *request.seed_B))
+            futures.append(self.pool.submit("rollout", request, weights))
         return [future.result().get() for future in futures]
 
     def _drop(self, example: Example, step: int, place: int) -> Example:
@@ -217,15 +250,26 @@ class Trainer:
         return dataclasses.replace(example, **changes)
 
     def save(self) -> Path:
-        """Write a checkpoint of everything and remove old ones."""
+        """Write a checkpoint of everything and remove old ones. All processes call it, the first one writes."""
         tensors, state = self.learner.state()
+        if not self.processes.is_first:
+            self.processes.exchange("a checkpoint")
+            return checkpoint_path(self.checkpoints, self.completed_steps)
         path = save_checkpoint(
             self.checkpoints,
             step=self.completed_steps,
             tensors=tensors,
-            state={"completed_steps": self.completed_steps, "run": self._identity(), "learner": state},
+            state={
+                "completed_steps": self.completed_steps,
+                "run": self._identity(),
+                "learner": state,
+                "best": {str(step): means for step, means in self._best.items()},
+            },
         )
-        prune_checkpoints(self.checkpoints, self.config.keep_last)
+        # The new one is named too: where a damaged one of a later step lies there, it is not the newest.
+        best = [checkpoint_path(self.checkpoints, step) for step in self._best]
+        prune_checkpoints(self.checkpoints, self.config.keep_last, keep=[path, *best])
+        self.processes.exchange("a checkpoint")
         return path
 
     def resume(self, path: Path | None = None) -> int:
@@ -244,11 +288,39 @@ class Trainer:
                 raise CheckpointError(f"{path} was made with {key} = {found}, this run has {value}: it cannot go on")
         self.learner.load_state(tensors, state["learner"])
         self.completed_steps = int(state["completed_steps"])
+        best = {int(step): dict(means) for step, means in state.get("best", {}).items()}
+        # One that is gone must not keep another from being among the best. The one just read may lie under another
+        # name: its writer died while it replaced it.
+        there = {self.completed_steps} | {step for step in best if checkpoint_path(self.checkpoints, step).is_dir()}
+        self._best = self._top({step: means for step, means in best.items() if step in there})
+        found = sorted(set(self.processes.exchange("the resumed step", self.completed_steps)))
+        if len(found) > 1:
+            raise CheckpointError(f"the processes found checkpoints of steps {found}: do they share {path.parent}?")
         return self.completed_steps
+
+    def _among_best(self, means: Mapping[str, float]) -> bool:
+        """Note an evaluation at the present step; whether its checkpoint is one to keep."""
+        if self.config.keep_best:
+            finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+            self._best = self._top(self._best | {self.completed_steps: finite})
+        return self.completed_steps in self._best
+
+    def _top(self, noted: Mapping[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+        """The best evaluations by step; of equals the older. One without a valid score is never among them.
+
+        All its means stay noted: a resumed run may go by another metric.
+        """
+        metric = self.config.keep_best_metric or ""
+        ranked = sorted((-means[metric], step) for step, means in noted.items() if metric in means)
+        return {step: noted[step] for _, step in ranked[: self.config.keep_best]}
+
+    def _any(self, flag: bool) -> bool:
+        """Whether a flag is up in any process: all must end at the same step."""
+        return any(self.processes.exchange("the next step", flag))
 
     def _identity(self) -> dict[str, int]:
         """What the order of the data depends on: with another one the run would not be the same run."""
-        whole = self.config.batch_size * self.config.accumulation
+        whole = self.config.batch_size * self.config.accumulation * self.processes.size
         return {"seed": self.seed, "number of examples": len(self.dataset), "examples in a step": whole}
 
 

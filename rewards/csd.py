@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import math
-import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -149,20 +149,30 @@ def load_csd(path: str | Path, *, heads: int | None = None) -> CsdModel:
     Sizes follow from the tensors. The number of heads does not: it is taken from the file's metadata (`save_csd`
     writes it), else from `heads`, else it is CLIP's width / 64.
 
+    The authors' file is a pickle. Only torch's reader of plain weights touches it: it knows tensors, containers and
+    the bag of the script's arguments, and refuses everything else before running it. `save_csd` makes a safetensors
+    file of what was read. Neither format has a checksum: a changed value that is still a number is not noticed.
+
     Raises:
-        CheckpointError: the file is missing or damaged, a tensor is missing, unknown or of another shape, or `heads`
-            is needed, impossible or contradicts the file.
+        CheckpointError: the file is missing or damaged, a tensor is missing, unknown, of another shape or not finite,
+            or `heads` is needed, impossible or contradicts the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"CSD checkpoint {path} does not exist")
-    tensors, stated = _read_safetensors(path) if _is_safetensors(path) else (_read_torch(path), None)
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"CSD checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
+    except OSError as error:
+        raise CheckpointError(f"CSD checkpoint {path} cannot be read: {error.strerror}") from error
+    found, stated = _read_safetensors(path) if _is_safetensors(path) else (_read_torch(path), None)
+    tensors = {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    if len(tensors) < len(found):
+        raise CheckpointError(f"CSD checkpoint {path} holds tensors twice, with and without 'module.'")
     config = _infer_config(tensors, _choose_heads(heads, stated, path), path)
     with torch.device("meta"):
         model = CsdModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_tensors(tensors, expected, path)
+    _check_values(tensors, path)
     model.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)
     return model.eval()
 
@@ -176,8 +186,11 @@ def _digest(picture: Tensor) -> bytes:
 
 def _is_safetensors(path: Path) -> bool:
     """A safetensors file starts with the length of its JSON header in 8 bytes; hub files may have any name."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise CheckpointError(f"CSD checkpoint {path} cannot be read: {error.strerror}") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], int | None]:
@@ -185,30 +198,40 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], int | None]:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"CSD checkpoint {path} is damaged: {error}") from error
     try:
         return tensors, int(json.loads(metadata[METADATA_KEY])["heads"]) if METADATA_KEY in metadata else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"CSD checkpoint {path}: metadata '{METADATA_KEY}' states no heads") from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         # The released file also holds the training script's arguments, a plain bag of values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle is a program for the reader: it ends in any error there is
         raise CheckpointError(
-            f"CSD checkpoint {path} is neither safetensors nor a torch file of plain weights: {reason}"
+            f"CSD checkpoint {path} is neither safetensors nor a torch file of plain weights{_why(error)}"
         ) from error
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
+    if state is None or not named or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(
             f"CSD checkpoint {path} holds no tensors by name, neither at its top nor under 'model_state_dict'"
         )
     return dict(state)
+
+
+def _why(error: Exception) -> str:
+    """In our words: torch's advise to switch its protection off."""
+    text = str(error)
+    if wanted := re.search(r"GLOBAL (\S+)", text):
+        return f": it asks for '{wanted[1]}', which could run code; nothing of it was run"
+    if "TorchScript" in text:
+        return ": it is a TorchScript program"
+    return f": {text.strip().splitlines()[0]}" if isinstance(error, RuntimeError) and text.strip() else ""
 
 
 def _choose_heads(asked: int | None, stated: int | None, path: Path) -> int | None:
@@ -228,6 +251,8 @@ def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, path: Path) 
             raise CheckpointError(f"CSD checkpoint {path} lacks the tensor '{name}'")
         if tensors[name].ndim != ndim:
             raise CheckpointError(f"CSD checkpoint {path}: '{name}' should have {ndim} dimensions")
+        if not tensors[name].numel():
+            raise CheckpointError(f"CSD checkpoint {path}: '{name}' is empty")
     width, _, patch_size, _ = tensors["backbone.conv1.weight"].shape
     num_patches = tensors["backbone.positional_embedding"].shape[0] - 1
     blocks = {name.split(".")[3] for name in tensors if name.startswith("backbone.transformer.resblocks.")}
@@ -256,3 +281,13 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[i
             raise CheckpointError(
                 f"CSD checkpoint {path}: '{name}' has shape {tuple(tensors[name].shape)}; expected {shape}"
             )
+
+
+def _check_values(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        here = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_floating_point()
+        # A few bytes can be described as a tensor that would fill the memory.
+        if not here or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise CheckpointError(f"CSD checkpoint {path}: '{name}' is no ordinary tensor of floating-point numbers")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"CSD checkpoint {path}: '{name}' holds values that are not finite")

@@ -196,6 +196,15 @@ def test_nonfinite_steps_change_nothing_and_too_many_stop_the_run() -> None:
     assert learner.version == 2
 
 
+def test_the_learning_rate_falls_to_zero_after_the_warm_up() -> None:
+    optimizer = Optimizer({"w": nn.Parameter(torch.zeros(2))}, OptimizerConfig(lr=0.1, warmup_steps=4, decay_steps=12))
+    rates = [optimizer.lr(step) for step in range(14)]
+    assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert rates[8] == pytest.approx(0.05)
+    assert all(a > b for a, b in zip(rates[4:12], rates[5:13], strict=True))
+    assert rates[12:] == [0.0, 0.0]
+
+
 def test_warm_up_clipping_and_average() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     config = OptimizerConfig(lr=0.1, warmup_steps=4, weight_decay=0.0, max_grad_norm=1.0, betas=(0.0, 0.0), eps=1.0)

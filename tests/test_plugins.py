@@ -1,18 +1,25 @@
-"""Plug-ins by name: the three forms, their faults, and the check of arguments against signatures."""
+"""Plug-ins by name: all forms, their faults, and the check of arguments against signatures."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from rewardgen import plugins
 from rewardgen.errors import ConfigError
 from rewardgen.reward import Reward
+from rewardgen.types import Example
 
+ROOT = Path(__file__).resolve().parent.parent
 REWARD = """
 from collections.abc import Sequence
 import torch
@@ -31,6 +38,14 @@ class Unfinished(Reward):
     differentiable = True
 
 class Other: ...
+
+def judge(completions, scale: float = 1.0):
+    return [scale * image.width for image in completions]
+
+async def later(pixels_B3HW):
+    return pixels_B3HW.mean((1, 2, 3))
+
+def helper(path): ...
 """
 
 
@@ -67,7 +82,7 @@ def test_a_dotted_module() -> None:
 def test_a_module_in_the_working_directory(here: Path) -> None:
     (here / "module_of_a_user.py").write_text(REWARD)
     assert plugins.resolve("rewards", "module_of_a_user:Mine").__name__ == "Mine"
-    assert sys.path[-1] == str(here)
+    assert sys.path[-1] == str(here)  # a user's file cannot take the place of a module of the standard library
 
 
 def test_a_file_is_one_class_however_it_is_named(here: Path) -> None:
@@ -75,6 +90,133 @@ def test_a_file_is_one_class_however_it_is_named(here: Path) -> None:
     assert plugins.resolve("rewards", "mine.py:Mine") is first
     assert plugins.resolve("rewards", f"{here}/mine.py:Mine") is first
     assert sys.modules[first.__module__].__file__ == str(here / "mine.py")
+
+
+def test_a_function_is_a_reward_in_either_form(here: Path) -> None:
+    (here / "functions_of_a_user.py").write_text(REWARD)
+    pixels, examples = torch.rand(2, 3, 4, 8), [Example(id="a"), Example(id="b")]
+    for place in ("./mine.py", "functions_of_a_user"):
+        judge = plugins.resolve("rewards", f"{place}:judge")
+        assert plugins.resolve("rewards", f"{place}:judge") is judge
+        args = plugins.check_args(plugins.factory(judge), {"scale": 2}, "args")
+        assert plugins.factory(judge)(**args).score(pixels, examples).value_B.tolist() == [16, 16]
+        later = plugins.resolve("rewards", f"{place}:later")()
+        torch.testing.assert_close(later.score(pixels, examples).value_B, pixels.mean((1, 2, 3)))
+
+
+def declare(folder: Path, distribution: str, entries: str) -> None:
+    """What installing a distribution leaves behind."""
+    info = folder / f"{distribution}-1.2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(f"[rewardgen.rewards]\n{entries}\n")
+
+
+@pytest.fixture
+def site(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = here / "site"
+    folder.mkdir()
+    (folder / "acme_rewards.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def test_entry_points_name_classes_and_functions(site: Path) -> None:
+    declare(site, "acme", "sharp = acme_rewards:Mine\nacme-judge = acme_rewards : judge")
+    assert plugins.resolve("rewards", "sharp") is plugins.resolve("rewards", "acme_rewards:Mine")
+    assert plugins.resolve("rewards", "acme-judge") is plugins.resolve("rewards", "acme_rewards:judge")
+    with pytest.raises(ConfigError, match=r"among the bundled rewards\. Did you mean 'sharp'\?"):
+        plugins.resolve("rewards", "sharpp")
+    with pytest.raises(ConfigError, match=r"no file 'sharp\.py' among the bundled policies"):
+        plugins.resolve("policies", "sharp")
+
+
+def test_one_distribution_found_twice_is_no_conflict_but_two_are(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    declare(site, "acme", "sharp = acme_rewards:Mine")
+    declare(site / "again", "acme", "sharp = acme_rewards:Mine")
+    monkeypatch.syspath_prepend(str(site / "again"))
+    assert plugins.resolve("rewards", "sharp").__name__ == "Mine"
+    declare(site, "other", "sharp = elsewhere:Sharp")
+    with pytest.raises(ConfigError) as caught:
+        plugins.resolve("rewards", "sharp")
+    assert str(caught.value) == (
+        "'sharp' is declared by 'acme_rewards:Mine' of acme 1.2 and 'elsewhere:Sharp' of other 1.2;"
+        " write out the one you mean"
+    )
+
+
+def test_a_bundled_name_stays_what_it_is_whatever_is_installed(site: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = plugins.resolve("rewards", "brightness")
+    declare(site, "acme", "brightness = acme_rewards:Mine")
+    with pytest.warns(UserWarning, match="'brightness' is the bundled one; write out 'acme_rewards:Mine' of acme 1.2"):
+        assert plugins.resolve("rewards", "brightness") is before
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("acme_rewrads:Mine", "there is no module 'acme_rewrads'"),
+        ("acme_rewards:Mien", "has no class or function 'Mien'. Did you mean 'Mine'?"),
+        ("acme_rewards:Other", "is no subclass of rewardgen's Reward"),
+        ("acme_rewards", "it names no class or function"),
+    ],
+)
+def test_a_faulty_entry_point_names_its_distribution(site: Path, value: str, message: str) -> None:
+    declare(site, "acme", f"faulty = {value}")
+    with pytest.raises(ConfigError) as caught:
+        plugins.resolve("rewards", "faulty")
+    assert str(caught.value).startswith(f"'faulty' is '{value}' of acme 1.2: ")
+    assert message in str(caught.value)
+
+
+OWN_PACKAGE = (
+    REWARD
+    + """
+from rewards.helper import LEVEL
+"""
+)
+PROGRAM = """
+import json, sys
+from rewardgen import plugins
+from rewardgen.reward import check_reward
+
+uses = ["rewards.mine:Mine", "./rewards/mine.py:Mine", "rewards.mine:judge", "./rewards/mine.py:judge", "brightness"]
+found = [plugins.resolve("rewards", use) for use in uses]
+for cls in found:
+    check_reward(cls())
+files = [sys.modules[getattr(cls, "function", cls).__module__].__file__ for cls in found]
+print(json.dumps([files, sys.modules["rewardgen.rewards"].__file__, sys.modules["rewards"].__file__]))
+"""
+
+
+@pytest.mark.parametrize("start", ["script", "script with the checkout on the path", "python -c"])
+def test_a_folder_with_a_rewards_package_of_its_own(tmp_path: Path, start: str) -> None:
+    work = tmp_path / "work"
+    (work / "rewards").mkdir(parents=True)
+    (work / "rewards" / "__init__.py").touch()
+    (work / "rewards" / "helper.py").write_text("LEVEL = 1")
+    (work / "rewards" / "mine.py").write_text(OWN_PACKAGE)
+    # A script's own folder stands first on the path, as that of the command `rewardgen` does, not the working one.
+    script = tmp_path / "bin" / "program.py"
+    script.parent.mkdir()
+    script.write_text(PROGRAM)
+    paths = [str(ROOT)] if start == "script with the checkout on the path" else []
+    paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    done = subprocess.run(
+        [sys.executable, *(["-c", PROGRAM] if start == "python -c" else [str(script)])],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    files, bundled, own = json.loads(done.stdout)
+    assert files[:4] == [str(work / "rewards" / "mine.py")] * 4
+    assert Path(files[4]).parent == Path(bundled).parent
+    assert own == str(work / "rewards" / "__init__.py")
 
 
 def test_two_files_of_one_name_are_two_modules(here: Path) -> None:
@@ -95,8 +237,12 @@ def test_two_files_of_one_name_are_two_modules(here: Path) -> None:
         ("policies", "packing", "'packing' is a helper among the policies"),
         ("rewards", "./mine.py", "no file"),
         ("rewards", "./mine.py:", "names no class; write it as './mine.py:ClassName'"),
-        ("rewards", "./mine.py:Min", "has no class 'Min'. Did you mean 'Mine'?"),
+        ("rewards", "./mine.py:Min", "has no class or function 'Min'. Did you mean 'Mine'?"),
         ("rewards", "./mien.py:Mine", "mien.py. Did you mean 'mine.py'?"),
+        ("rewards", "./mine.py:jduge", "has no class or function 'jduge'. Did you mean 'judge'?"),
+        ("rewards", "./mine.py:helper", "'helper' is no reward function: it takes neither 'completions'"),
+        ("data", "./mine.py:judge", "has no class 'judge'."),
+        ("policies", "./mine.py:judge", "has no class 'judge'."),
         ("rewards", "./mine.py:Other", "is no subclass of rewardgen's Reward"),
         ("rewards", "./mine.py:Unfinished", "is abstract: it does not define score"),
         ("policies", "./mine.py:Mine", "is no subclass of rewardgen's Policy"),
@@ -104,7 +250,7 @@ def test_two_files_of_one_name_are_two_modules(here: Path) -> None:
         ("rewards", "nowhere.at.all:Mine", "there is no module 'nowhere'"),
         ("rewards", "rewardgen.nowhere:Mine", "there is no module 'rewardgen.nowhere'"),
         ("rewards", "not a module:Mine", "is no module name"),
-        ("rewards", "rewardgen.types:tensor", "has no class 'tensor'. Did you mean 'Tensor'?"),
+        ("rewards", "rewardgen.types:tensor", "has no class or function 'tensor'. Did you mean 'Tensor'?"),
     ],
 )
 def test_what_cannot_be_resolved(here: Path, kind: plugins.Kind, use: str, message: str) -> None:

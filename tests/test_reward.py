@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardgen.errors import ScoringError
-from rewardgen.reward import Reward, check_reward, score
+from rewardgen.reward import Reward, RewardWarning, check_reward, score
 from rewardgen.types import Example, Score
 
 EXAMPLES = [Example(id="a"), Example(id="b")]
@@ -53,6 +54,14 @@ class Undeclared(Reward):
 class Raises(Sound):
     def value(self, pixels):
         raise KeyError("no_such_column")
+
+
+class Masks(Sound):
+    """Masks what it failed to score, and says so."""
+
+    def score(self, pixels_B3HW, examples):
+        warnings.warn("the judge did not answer", RewardWarning, stacklevel=1)
+        return replace(super().score(pixels_B3HW, examples), valid_B=torch.zeros(len(examples), dtype=torch.bool))
 
 
 class NoScore(Sound):
@@ -157,6 +166,13 @@ class BatchNormalised(Sound):
         return super().value(pixels) - super().value(pixels).mean()
 
 
+class BatchCentred(Sound):
+    """Compares with the batch's mean brightness, which is that of every picture where all are of plain noise."""
+
+    def value(self, pixels):
+        return -(pixels.mean(1) - pixels.mean()).square().mean((1, 2))
+
+
 class ByBatchSize(Sound):
     def value(self, pixels):
         return pixels.sum((1, 2, 3)) / pixels.numel()
@@ -236,6 +252,7 @@ FAULTS: dict[type[Reward], str] = {
     ByPlaceInBatch: "depends on the order of the batch",
     ExamplesMixedUp: "depends on the order of the batch",
     BatchNormalised: "depends on the other pictures of its batch",
+    BatchCentred: "depends on the other pictures of its batch",
     ByBatchSize: "depends on the other pictures of its batch",
     ValidInCompanyOnly: "depends on the other pictures of its batch",
     Detached: "does not depend on the pixels",
@@ -252,7 +269,15 @@ FAULTS: dict[type[Reward], str] = {
 class TestCheckReward:
     @pytest.mark.parametrize("make", [Sound, SoundWithoutGradient, OnlyWithStyle, lambda: Dropout().eval()])
     def test_sound_rewards_pass(self, make):
-        check_reward(make())
+        held = check_reward(make())
+        assert held[0] == "scores 3 pictures of 64x64, 3 of them valid"
+        assert held[-1].startswith("gradient: finite" if make().differentiable else "gradient: none")
+
+    def test_failures_that_a_run_would_count_are_faults_here(self):
+        with pytest.warns(RewardWarning, match="did not answer"):
+            assert not score(Masks(), torch.rand(2, 3, 4, 4), EXAMPLES, enable_grad=False).valid_B.any()
+        with pytest.raises(ScoringError, match="the judge did not answer"):
+            check_reward(Masks())
 
     @pytest.mark.parametrize("fault", FAULTS, ids=lambda cls: cls.__name__)
     def test_each_fault_is_caught_and_named(self, fault):

@@ -6,15 +6,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from rewardgen.errors import UserError
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: a small file can claim a size that fills the memory."""
+KINDS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""What is read, as Pillow calls it; HEIF where a plug-in of Pillow has been registered. Pillow knows more kinds, but
+some of those run a program (PostScript), and some take any bytes for a picture."""
 
 _SIXTEEN_BIT = {"I", "I;16", "I;16L", "I;16B", "I;16N"}
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(UserError):
@@ -24,42 +37,85 @@ class ImageError(UserError):
 def load_image(path: Path) -> Tensor:
     """Read a picture as float32 [3, H, W] in RGB and [0, 1].
 
-    The camera's rotation is applied, transparency is put on white, 16 bits keep their precision, of an animation the
-    first frame is taken; greyscale, palette and CMYK pictures become RGB.
+    The camera's rotation is applied (damaged EXIF data count as none), transparency is put on white, of an animation
+    the first frame is taken; greyscale, palette and CMYK pictures become RGB. 16-bit greyscale keeps its precision;
+    16-bit colour comes as the upper 8 bits, which is all that Pillow reads. Colour profiles are not applied.
 
     Raises:
         ImageError: the file is missing, truncated, no picture, or larger than `MAX_PIXELS`; names the path.
     """
     try:
-        with Image.open(path) as picture:
+        # A file and not its path: Pillow maps paths into memory, and then forgets to turn greyscale TIFFs.
+        with path.open("rb") as file, Image.open(file, formats=_readable()) as picture:
             width, height = picture.size
+            if not width or not height:
+                raise ImageError(f"{path}: the picture is empty, {width} x {height} pixels")
             if width * height > MAX_PIXELS:
                 raise ImageError(f"{path}: {width} x {height} pixels is more than the limit of {MAX_PIXELS:,}")
             picture.seek(0)
-            return _to_tensor(ImageOps.exif_transpose(picture))
+            picture.load()
+            return _to_tensor(_upright(picture))
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{path}: there is no such picture") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path}: not a picture, or of a kind that cannot be read") from None
+        raise ImageError(f"{path}: not a picture of a kind that is read: {', '.join(KINDS)}") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path}: more pixels than the limit of {MAX_PIXELS:,}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        # Pillow raises SyntaxError and ValueError for damaged files too.
+    except Exception as error:
+        # Decoders meet damage with whatever their arithmetic runs into: KeyError, struct.error, OverflowError.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(reason.split()) or type(error).__name__
         raise ImageError(f"{path}: the picture cannot be read: {reason[:1].lower() + reason[1:]}") from None
+
+
+def _readable() -> list[str]:
+    Image.init()
+    return [kind for kind in KINDS if kind in Image.OPEN]
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as above; the pixels are whole, and viewers show such a picture too
+        orientation = None
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
     if picture.mode in _SIXTEEN_BIT:
-        values = np.asarray(picture).astype(np.float32) / 65535
-        return torch.from_numpy(values.clip(0, 1)).expand(3, -1, -1).contiguous()
+        return _grey(_sixteen_bit(picture))
     if picture.mode == "F":
+        grey = np.array(picture, dtype=np.float32)
+        if not np.isfinite(grey).all():
+            raise ValueError("it holds values that are not finite")
         # Floating-point greyscale carries no range of its own; [0, 1] is the convention.
-        return torch.from_numpy(np.array(picture, dtype=np.float32).clip(0, 1)).expand(3, -1, -1).contiguous()
+        return _grey(grey.clip(0, 1))
     if picture.has_transparency_data:
-        values = np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
-        alpha = values[..., 3:]
-        flat = values[..., :3] * alpha + (1 - alpha)
+        values = _eight_bit(picture, "RGBA")
+        flat = values[..., :3] * values[..., 3:] + (1 - values[..., 3:])
     else:
-        flat = np.asarray(picture.convert("RGB")).astype(np.float32) / 255
+        flat = _eight_bit(picture, "RGB")
     return torch.from_numpy(flat).permute(2, 0, 1).contiguous()
+
+
+def _sixteen_bit(picture: Image.Image) -> NDArray[np.float32]:
+    numbers = np.asarray(picture)
+    # Mode "I" has 32 bits, and nothing says which number would be white.
+    if numbers.min() < 0 or numbers.max() > 65535:
+        raise ValueError(f"numbers from {numbers.min()} to {numbers.max()} do not fit into 16 bits")
+    values: NDArray[np.float32] = numbers.astype(np.float32) / np.float32(65535)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        values[numbers == transparent] = 1
+    return values
+
+
+def _eight_bit(picture: Image.Image, mode: str) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = np.asarray(picture.convert(mode)).astype(np.float32) / np.float32(255)
+    return values
+
+
+def _grey(values_HW: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(values_HW).expand(3, -1, -1).contiguous()

@@ -9,6 +9,7 @@ from typing import Any
 
 from rewardgen.data.images import load_image
 from rewardgen.errors import UserError, nearest
+from rewardgen.strict_yaml import show
 from rewardgen.types import Example
 
 _LISTS = {"content": "content_refs", "style": "style_refs", "identity": "identity_refs"}
@@ -45,7 +46,7 @@ class JsonlDataset:
     """
 
     def __init__(self, path: str, limit: int | None = None) -> None:
-        self.path = Path(path).expanduser()
+        self.path = _at_home(path)
         if limit is not None and limit < 1:
             raise DatasetError(f"{path}: limit: {limit} rows; at least 1 is needed")
         self._rows = _read(self.path)[:limit]
@@ -67,7 +68,7 @@ def _read(path: Path) -> list[_Row]:
     except FileNotFoundError:
         raise DatasetError(f"{path}: there is no such dataset file") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DatasetError(f"{path}: the dataset cannot be read: {(reason or str(error)).lower()}") from None
     rows: list[_Row] = []
     faults: list[str] = []
@@ -78,7 +79,7 @@ def _read(path: Path) -> list[_Row]:
         try:
             row = _parse(line, number, path.parent)
             if row.id in first_line:
-                raise ValueError(f"the id '{row.id}' stands on line {first_line[row.id]} already")
+                raise ValueError(f"the id '{show(row.id)}' stands on line {first_line[row.id]} already")
         except ValueError as error:
             faults.append(f"line {number}: {error}")
             continue
@@ -95,7 +96,8 @@ def _read(path: Path) -> list[_Row]:
 def _parse(line: str, number: int, folder: Path) -> _Row:
     """One row; ValueError says what is wrong with it."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
+        _check_text(row)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg.lower()} at column {error.colno}") from None
     except RecursionError:
@@ -104,7 +106,9 @@ def _parse(line: str, number: int, folder: Path) -> _Row:
         raise ValueError("a row must be an object")
     for key in row:
         if key not in _KEYS:
-            raise ValueError(f"unknown key '{key}'.{nearest(key, _KEYS) or ' There are: ' + ', '.join(_KEYS) + '.'}")
+            raise ValueError(
+                f"unknown key '{show(key)}'.{nearest(key, _KEYS) or ' There are: ' + ', '.join(_KEYS) + '.'}"
+            )
     for key in ("id", "prompt"):
         if not isinstance(row.get(key, ""), str):
             raise ValueError(f"'{key}' must be text")
@@ -129,7 +133,44 @@ def _as_list(value: Any) -> list[Any]:
 def _path(value: Any, key: str, folder: Path) -> Path:
     if not isinstance(value, str) or not value:
         raise ValueError(f"'{key}' must be a path or a list of paths" if key != "target" else "'target' must be a path")
-    place = folder / Path(value).expanduser()
-    if not place.is_file():
-        raise ValueError(f"'{key}': there is no picture {place}")
+    place = folder / _at_home(value)
+    try:
+        there = place.is_file()
+    except OSError as error:
+        raise ValueError(f"'{key}': no path that can be: {(error.strerror or str(error)).lower()}") from None
+    if not there:
+        raise ValueError(f"'{key}': there is no picture {show(str(place), 300)}")
     return place
+
+
+def _at_home(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # nobody of that name has a home here
+        return Path(path)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON keeps the last of two equal keys; which one was meant is not ours to say."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{show(next(name for name in names if names.count(name) > 1))}' stands twice")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"not JSON: {name} is no number of it")
+
+
+def _check_text(value: Any) -> None:
+    """Refuse text that is none: half a surrogate pair cannot be written to any file again."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_text(key)
+            _check_text(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_text(inner)
+    elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("text with half a surrogate pair, which is no character")

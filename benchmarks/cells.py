@@ -1,0 +1,98 @@
+"""What the tables of training runs share: keys of cells, training a cell, and the form of a row.
+
+A cell is one training run. Its file holds the comparison of the trained policy with the common base on the same
+examples and noise, and a key over everything the numbers depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rewardgen.config import Experiment, load_experiment
+from rewardgen.sources import ASSETS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+EXPERIMENT = Path(__file__).resolve().parent.parent / "experiments" / "uso_srl.yaml"
+SEEDS = (0, 1, 2)
+METRICS = {"style": "CSD (the reward)", "palette_texture": "style witness", "layout": "content witness"}
+GAP = "CSD gap closed"
+
+
+def load(seed: int, overrides: Sequence[str] = (), examples: int = 200) -> Experiment:
+    """The bundled experiment on more held-out pairs, with what a cell changes."""
+    common = [f"seed={seed}", f"evaluation.num_examples={examples}", "report.tensorboard=false"]
+    return load_experiment(EXPERIMENT, "tiny", [*common, *overrides])
+
+
+def key_of(experiment: Experiment, **more: Any) -> str:
+    """What a cell's numbers depend on: the experiment (not its reporting), every file of the world, and `more`."""
+    settings = {k: v for k, v in experiment.model_dump(mode="json").items() if k not in ("name", "report", "flavors")}
+    world = {name: entry["files"] for name, entry in json.loads((ASSETS / "world.json").read_text()).items()}
+    everything = [settings, world, more] if more else [settings, world]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def is_current(path: Path, key: str) -> bool:
+    """Whether a cell's file is there and belongs to the key."""
+    return path.is_file() and json.loads(path.read_text())["key"] == key
+
+
+def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Train from the start in `folder`, whatever it holds, and return the comparison with the base."""
+    from rewardgen import build
+
+    shutil.rmtree(folder, ignore_errors=True)
+    if not build.train(experiment, folder=folder):
+        raise SystemExit("stopped; the finished cells are kept, start again to go on with the others")
+    comparison: dict[str, Any] = json.loads((folder / "comparison.json").read_text())
+    return comparison
+
+
+def write(path: Path, cell: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(cell, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    cell: dict[str, Any] = json.loads(path.read_text())
+    return cell
+
+
+def rows_of(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a cell's comparison by metric."""
+    return {row["name"]: row for row in cell["comparison"]["rows"]}
+
+
+def line(texts: Sequence[str]) -> str:
+    """One row of a Markdown table."""
+    return "|" + "|".join(f" {text} " if text else " " for text in texts) + "|"
+
+
+def header(*lead: str) -> list[str]:
+    """The first two lines of a table whose rows are named, with columns `lead` between the name and the metrics."""
+    texts = ["", *lead, *METRICS.values(), GAP]
+    return [line(texts), "|" + "---|" * len(texts)]
+
+
+def changes(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The metrics' columns of a trained policy: its mean, the change from the base, and the gap closed."""
+    means = [f"{rows[metric]['trained']:.3f} ({interval(rows[metric]['change'])})" for metric in METRICS]
+    return [*means, interval(rows["style"]["gap_closed"], percent=True)]
+
+
+def interval(limits: Mapping[str, float], *, percent: bool = False) -> str:
+    value, low, high = (limits[name] for name in ("value", "low", "high"))
+    if percent:
+        return f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+WITNESSES = (
+    "The witnesses take part in no objective: style is palette and texture against the true picture (1 = the same,"
+    " 0 = an unrelated style), content is the share of shapes read at their place."
+)

@@ -1,0 +1,1 @@
+"""Making training data: choosing and preparing examples."""

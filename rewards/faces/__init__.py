@@ -1,0 +1,1 @@
+"""Faces: finding, aligning and embedding them, and the identity metrics. Helpers of `identity` and `matching`."""

@@ -1,0 +1,54 @@
+"""SIR, the single identity reward of UMO (arXiv 2509.06818): does the person of the reference appear?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rewardgen.reward import Reward
+from rewardgen.rewards.faces.encoder import FaceEncoder
+from rewardgen.types import Example, Score
+
+
+class IdentityReward(Reward):
+    """Cosine of the face embeddings of the picture and of the identity reference, in [-1, 1].
+
+    `SIR = cos(psi(picture), psi(reference))`. The paper says it for one face and one reference. With more, a reference
+    is compared with the face most like it and the value is the mean over references (ID-Sim / 100), and of a
+    reference picture the largest face counts; nothing then keeps one face from serving two references, which is what
+    `matching` is for. Where the faces are carries no gradient, nor do the references; each is embedded once.
+
+    An example is valid if it has an identity reference, each of them shows a face, and the picture shows one.
+    `metrics` counts over the batch: `faces`, pictures with `no_face`, examples with an `unreadable_reference`.
+
+    Args:
+        faces: detector and face network.
+    """
+
+    differentiable = True
+
+    def __init__(self, faces: FaceEncoder) -> None:
+        super().__init__()
+        self.faces = faces
+
+    @classmethod
+    def from_pretrained(
+        cls, checkpoint: str, *, detector: str = "given", confidence: float | None = None
+    ) -> IdentityReward:
+        """Read an IResNet (`load_iresnet`) and open a detector (`open_detector`)."""
+        return cls(FaceEncoder.from_pretrained(checkpoint, detector, confidence))
+
+    def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+        seen = self.faces.compare(pixels_B3HW, examples, one_each=True)
+        applies = [bool(len(refs_MD)) and bool(len(drawn_ND)) for refs_MD, drawn_ND in seen.pairs()]
+        value_B = torch.stack(
+            [
+                # The sum of nothing, or times 0: no value, but still a function of the pixels.
+                (refs_MD @ drawn_ND.T).max(1).values.mean() if applied else 0 * drawn_ND.sum()
+                for applied, (refs_MD, drawn_ND) in zip(applies, seen.pairs(), strict=True)
+            ]
+        )
+        valid_B = torch.tensor(applies, device=value_B.device) & value_B.detach().isfinite()
+        return Score(value_B=value_B, valid_B=valid_B, metrics=seen.counts())
