@@ -21,6 +21,8 @@ EXPERIMENT = Path(__file__).resolve().parent.parent / "experiments" / "uso_srl.y
 SEEDS = (0, 1, 2)
 METRICS = {"style": "CSD (the reward)", "palette_texture": "style witness", "layout": "content witness"}
 GAP = "CSD gap closed"
+SAVING = ("checkpoint_every", "keep_last", "keep_best", "keep_best_metric", "device")
+"""Settings of a training that change none of its numbers."""
 
 
 def load(seed: int, overrides: Sequence[str] = (), examples: int = 200) -> Experiment:
@@ -30,8 +32,9 @@ def load(seed: int, overrides: Sequence[str] = (), examples: int = 200) -> Exper
 
 
 def key_of(experiment: Experiment, **more: Any) -> str:
-    """What a cell's numbers depend on: the experiment (not its reporting), every file of the world, and `more`."""
+    """What a cell's numbers depend on: the experiment (not its reporting and saving), every file of the world, and `more`."""
     settings = {k: v for k, v in experiment.model_dump(mode="json").items() if k not in ("name", "report", "flavors")}
+    settings["train"] = {k: v for k, v in settings["train"].items() if k not in SAVING}
     world = {name: entry["files"] for name, entry in json.loads((ASSETS / "world.json").read_text()).items()}
     everything = [settings, world, more] if more else [settings, world]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()

@@ -92,6 +92,14 @@ for _name, (_pattern, _first) in _SCALARS.items():
     _Dumper.add_implicit_resolver(f"{_PREFIX}{_name}", re.compile(rf"^(?:{_pattern.pattern})$"), list(_first))
 
 
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # In single quotes PyYAML leaves line breaks such as U+0085 as they are, and reads them as spaces.
+    return dumper.represent_scalar(f"{_PREFIX}str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _quoted)
+
+
 def dump(value: Any) -> str:
     """YAML of a JSON value, keys in their order, from which `load` makes the same value."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -227,11 +227,13 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 def _why(error: Exception) -> str:
     """In our words: torch's advise to switch its protection off."""
     text = str(error)
-    if wanted := re.search(r"GLOBAL (\S+)", text):
+    if wanted := re.search(r"GLOBAL ([\w.]+)", text):
         return f": it asks for '{wanted[1]}', which could run code; nothing of it was run"
     if "TorchScript" in text:
         return ": it is a TorchScript program"
-    return f": {text.strip().splitlines()[0]}" if isinstance(error, RuntimeError) and text.strip() else ""
+    if not isinstance(error, RuntimeError) or not text.strip():
+        return ""
+    return ": " + "".join(character for character in text.strip().splitlines()[0] if character.isprintable())
 
 
 def _choose_heads(asked: int | None, stated: int | None, path: Path) -> int | None:
@@ -275,7 +277,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[i
     for name in sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"CSD checkpoint {path} lacks the tensor '{name}'")
     for name in sorted(tensors.keys() - expected.keys()):
-        raise CheckpointError(f"CSD checkpoint {path} holds the unknown tensor '{name}'")
+        raise CheckpointError(f"CSD checkpoint {path} holds the unknown tensor {name!r}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(

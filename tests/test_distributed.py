@@ -28,7 +28,7 @@ from tests.process_jobs import CUT, STEPS, BlockPolicy, kept, make
 ROOT = Path(__file__).resolve().parent.parent
 BOTH: tuple[Strategy, ...] = ("ddp", "fsdp")
 STRATEGIES = pytest.mark.parametrize("strategy", BOTH)
-SECONDS = 2500
+SECONDS = 600
 """A job takes a second or two; what takes so long hangs."""
 
 

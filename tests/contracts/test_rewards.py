@@ -14,6 +14,10 @@ import rewardgen.rewards
 from rewardgen.reward import Reward, check_reward
 from rewardgen.rewards.brightness import Brightness
 from rewardgen.rewards.csd import CsdConfig, CsdModel, CsdReward
+from rewardgen.rewards.faces.encoder import FaceEncoder
+from rewardgen.rewards.identity import IdentityReward
+from rewardgen.rewards.matching import MatchingReward
+from tests.toy_faces import CROP, TwoPlaces, tiny_iresnet
 
 
 def tiny_csd(round_8bit: bool = False) -> CsdReward:
@@ -22,10 +26,17 @@ def tiny_csd(round_8bit: bool = False) -> CsdReward:
     return CsdReward(CsdModel(config), round_8bit=round_8bit)
 
 
+def tiny_faces() -> FaceEncoder:
+    return FaceEncoder(TwoPlaces(), tiny_iresnet(), crop_size=CROP)
+
+
 TINY: dict[str, Callable[[], Reward]] = {
     "brightness": Brightness,
     "csd": tiny_csd,
     "csd, 8 bit": lambda: tiny_csd(round_8bit=True),
+    "identity": lambda: IdentityReward(tiny_faces()),
+    "matching": lambda: MatchingReward(tiny_faces()),
+    "matching, options": lambda: MatchingReward(tiny_faces(), normalise="matches", floor=0.0, miss=0.5, extra=0.5),
 }
 """Rewards with tiny random weights, by the file's name; variants after a comma."""
 

@@ -35,7 +35,7 @@ def kill() -> ModuleType:
 def test_two_random_kills_and_one_at_every_point_of_the_write_are_exact(kill: ModuleType, tmp_path: Path) -> None:
     """In a process of its own: it forks, and this one may have threads."""
     command = [sys.executable, "benchmarks/kill.py", "--times", "2", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "kill.json").read_text())
     assert [death["differences"] for death in result["deaths"] + result["points"]] == [[]] * (2 + 16)
