@@ -32,7 +32,7 @@ def load(seed: int, overrides: Sequence[str] = (), examples: int = 200) -> Exper
 
 
 def key_of(experiment: Experiment, **more: Any) -> str:
-    """What a cell's numbers depend on: the experiment (not its reporting and saving), every file of the world, and `more`."""
+    """What a cell's numbers depend on: the experiment (not how it reports and saves), the world's files, and `more`."""
     settings = {k: v for k, v in experiment.model_dump(mode="json").items() if k not in ("name", "report", "flavors")}
     settings["train"] = {k: v for k, v in settings["train"].items() if k not in SAVING}
     world = {name: entry["files"] for name, entry in json.loads((ASSETS / "world.json").read_text()).items()}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_the_learning_rate_falls_to_zero_after_the_warm_up() -> None:
     rates = [optimizer.lr(step) for step in range(14)]
     assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
     assert rates[8] == pytest.approx(0.05)
-    assert all(a > b for a, b in zip(rates[4:12], rates[5:13], strict=True))
+    assert all(a > b for a, b in pairwise(rates[4:13]))
     assert rates[12:] == [0.0, 0.0]
 
 

@@ -77,7 +77,7 @@ def plain(value: Any) -> bool:
     return all(map(plain, value)) if isinstance(value, list) else type(value) in (str, int, float, bool, type(None))
 
 
-@examples(400)
+@examples(300)
 @given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
 def test_yaml_is_values_of_json_or_one_error(text: str) -> None:
     try:
@@ -194,7 +194,7 @@ def text_of(tree: Any) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-@examples(250)
+@examples(200)
 @given(tree=mutated(), flavor=st.none() | st.sampled_from(["tiny", "large", "huge", ""]))
 def test_mutated_experiments(tree: Any, flavor: str | None, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = file_for(tmp_path_factory, "experiment.yaml", text_of(tree))
