@@ -225,7 +225,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _why(error: Exception) -> str:
-    """In our words: torch's advise to switch its protection off."""
+    """In our words: torch's message advises to switch its protection off."""
     text = str(error)
     if wanted := re.search(r"GLOBAL ([\w.]+)", text):
         return f": it asks for '{wanted[1]}', which could run code; nothing of it was run"
