@@ -84,7 +84,7 @@ class Death:
 
 
 def train(folder: Path, *, doom: Callable[[], None] | None = None, kill_after: float | None = None) -> int | None:
-    """Run `rewardgen train`, resuming where the folder holds a checkpoint.
+    """Run `rewardgen train`, resuming where the folder holds a run.
 
     Args:
         folder: the run's.
@@ -95,8 +95,7 @@ def train(folder: Path, *, doom: Callable[[], None] | None = None, kill_after: f
         The exit code, None if it was killed.
     """
     arguments = ["train", str(folder.parent / "kill.yaml"), "--output", str(folder)]
-    # What a killed run left before its first checkpoint is started over, as the command's own message says.
-    arguments += ["--resume"] if saved(folder) else []
+    arguments += ["--resume"] if (folder / "config.yaml").exists() else []
 
     def command() -> None:
         if doom is not None:

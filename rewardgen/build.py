@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from rewardgen import plugins, sources, strict_yaml
-from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
+from rewardgen.checkpoint import has_checkpoints, latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
 from rewardgen.distributed import Processes, launched
 from rewardgen.errors import CheckpointError, ConfigError, nearest
@@ -183,7 +183,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
         evaluate=evaluate_now,
         evaluate_every=experiment.evaluation.every,
     )
-    first = trainer.resume() if resume else 0
+    first = trainer.resume() if resume and has_checkpoints(trainer.checkpoints) else 0
     command = _resume_command(experiment, folder, processes.size)
     with resumable(trainer.checkpoints, command):
         with reporter:
@@ -332,10 +332,10 @@ def _resume_command(experiment: Experiment, folder: Path, num_processes: int) ->
 def _open_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
     """Make the run's folder, or see that the one that is there is this run's."""
     config, checkpoints = folder / CONFIG, folder / "checkpoints"
-    begun = checkpoints.is_dir() and any(checkpoints.glob("step-*"))
+    begun = has_checkpoints(checkpoints)
     if begun and not resume:
         raise ConfigError(f"{folder} holds a run already: go on with --resume, or choose another --output")
-    if resume and not begun:
+    if resume and not begun and not config.is_file():  # one that died before its first checkpoint begins again
         raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
     if resume and config.is_file():
         changed = _differences(strict_yaml.load_file(config)[0], _resolved(experiment))
@@ -344,7 +344,9 @@ def _open_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
             raise ConfigError(f"{config} is of another experiment, it differs in {', '.join(refused)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(_as_yaml(experiment), encoding="utf-8")
+        temporary = config.with_name(f".{CONFIG}")  # death amid the write must not cost the run its experiment
+        temporary.write_text(_as_yaml(experiment), encoding="utf-8")
+        temporary.replace(config)
     except OSError as error:
         raise ConfigError(f"{folder}: the run's folder cannot be written: {(error.strerror or '').lower()}") from None
 

@@ -112,6 +112,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a folder holds any checkpoint, whole or not."""
+    return bool(_checkpoints(folder))
+
+
 def prune_checkpoints(folder: Path, keep_last: int, keep: Collection[Path] = ()) -> list[Path]:
     """Remove all but the `keep_last` newest whole checkpoints and those in `keep`; returns the removed.
 

@@ -131,10 +131,11 @@ def _flavors(raw: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(flavors, dict):
         raise ConfigError(f"{path}: flavors: must be a mapping from a name to what it changes")
     for name, changes in flavors.items():
+        place = f"{path}: flavors.{strict_yaml.show(name)}"
         if changes is not None and not isinstance(changes, dict):
-            raise ConfigError(f"{path}: flavors.{name}: must be a mapping, not {strict_yaml.describe(changes)}")
+            raise ConfigError(f"{place}: must be a mapping, not {strict_yaml.describe(changes)}")
         if "flavors" in (changes or {}):
-            raise ConfigError(f"{path}: flavors.{name}.flavors: a flavor has no flavors")
+            raise ConfigError(f"{place}.flavors: a flavor has no flavors")
     return {name: changes or {} for name, changes in flavors.items()}
 
 
@@ -144,7 +145,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, written = override.partition("=")
         parts = key.strip().split(".")
         text = strict_yaml.show(blot_entries(override))
-        if not equals or not all(parts):
+        if not equals or not all(parts) or len(parts) > strict_yaml.MAX_DEPTH:
             raise ConfigError(f"override '{text}': expected 'dotted.key=value', as in 'train.num_steps=20'")
         if parts[0] == "flavors":
             raise ConfigError(f"override '{text}': choose a flavor with --flavor")
@@ -153,7 +154,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         for part in parts[:-1]:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"override '{text}': another override has given '{part}' a value of its own")
+                given = strict_yaml.show(part)
+                raise ConfigError(f"override '{text}': another override has given '{given}' a value of its own")
         place[parts[-1]] = value
     return changes
 

@@ -87,6 +87,27 @@ def test_with_secrets_the_first_command_is_needed_once_more(tmp_path: Path, caps
     assert code == 0, err
 
 
+def test_a_run_that_died_before_its_first_checkpoint_is_resumed_from_its_beginning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, whole, folder = tmp_path / "toy.yaml", tmp_path / "whole", tmp_path / "run"
+    experiment.write_text(TOY)
+    assert run(capsys, "train", str(experiment), "-o", str(whole))[0] == 0
+    def dies(self: Trainer, number: int) -> StepReport:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", dies)
+        with pytest.raises(MemoryError):
+            cli.main(["train", str(experiment), "-o", str(folder)])
+    code, _, err = run(capsys, "train", str(experiment), "-o", str(folder), "--resume", "optimizer.lr=1e-3")
+    assert code == 2
+    assert "differs in optimizer.lr" in err
+    code, _, err = run(capsys, "train", str(experiment), "-o", str(folder), "--resume")
+    assert code == 0, err
+    assert (whole / "comparison.json").read_text() == (folder / "comparison.json").read_text()
+
+
 def test_a_second_signal_acts_at_once_and_says_how_to_go_on_too(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

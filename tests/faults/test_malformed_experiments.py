@@ -253,12 +253,14 @@ CASES = [
     # -- flavors --
     edit("flavors that are a list", "  tiny: {}\n  large:", "  - tiny\n  - large:", "flavors: must be a mapping"),
     edit("a flavor that is a word", "tiny: {}", "tiny: small", "flavors.tiny: must be a mapping, not a word"),
+    edit("a flavor with a line break", "tiny: {}", r'"a\nb": 3', r"flavors.a\nb: must be a mapping, not a number"),
     edit("a flavor of a flavor", "tiny: {}", "tiny: {flavors: {}}", "flavors.tiny.flavors: a flavor has no flavors"),
     edit("a flavor that breaks it", "tiny: {}", "tiny: {rollout: {num_steps: 4}}", "entry_range ends at step 7"),
     # -- overrides --
     override("override without a value", "train.num_steps", "override 'train.num_steps': expected 'dotted.key=value'"),
     override("override without a key", "=3", "override '=3': expected 'dotted.key=value'"),
     override("override with an empty part", "train..num_steps=3", "expected 'dotted.key=value'"),
+    override("override of a thousand parts", f"{'a.' * 1000}a=3", "expected 'dotted.key=value'"),
     override("override of nothing there", "train.num_stesp=3", "train.num_stesp (override): unknown key. Did you mean"),
     override("override of a section by a word", "train=3", "train (override): should be a mapping, got 3"),
     override("override with a bad type", "train.num_steps=many", "train.num_steps (override): should be a valid integer"),
