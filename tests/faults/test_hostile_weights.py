@@ -353,7 +353,7 @@ def test_metadata_that_state_no_heads(tmp_path: Path, csd_file: Path, heads: str
     refused(load_csd, tmp_path / "odd.safetensors", "states no heads")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore::DeprecationWarning")
 def test_a_program_of_torch(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "program.pt"))
     assert "TorchScript" in refused(load_csd, tmp_path / "program.pt")
