@@ -135,8 +135,10 @@ def write_export(
 
 def _entries(lora: Mapping[str, Tensor]) -> list[Entry]:
     """The official tensors of a LoRA; the blocks are counted by its names."""
-    depths = [count(lora, rf"{blocks}\.(\d+)\.") for blocks in ("transformer_blocks", "single_transformer_blocks")]
-    return lora_entries(*depths, LORA_ADAPTER)
+    depth, single_depth = (
+        count(lora, rf"{blocks}\.(\d+)\.") for blocks in ("transformer_blocks", "single_transformer_blocks")
+    )
+    return lora_entries(depth, single_depth, LORA_ADAPTER)
 
 
 def _whole(lora: Mapping[str, Tensor], entries: list[Entry], source: str) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.manifest import blot, is_secret
+from rewardgen.strict_yaml import show
 
 ASSETS = Path(__file__).resolve().parent / "world" / "assets"
 """The bundled tiny world: `world:NAME` is a file or folder below it."""
@@ -41,7 +42,7 @@ def find_sources(args: Any, path: str) -> Iterator[Source]:
     if isinstance(args, Mapping):
         for key, value in args.items():
             if not is_secret(str(key)):
-                yield from find_sources(value, f"{path}.{key}")
+                yield from find_sources(value, f"{path}.{show(str(key))}")
     elif isinstance(args, list | tuple):
         for index, value in enumerate(args):
             yield from find_sources(value, f"{path}.{index}")
@@ -60,7 +61,8 @@ def materialise(args: Any, path: str) -> Any:
     """
     if isinstance(args, Mapping):
         return {
-            key: value if is_secret(str(key)) else materialise(value, f"{path}.{key}") for key, value in args.items()
+            key: value if is_secret(str(key)) else materialise(value, f"{path}.{show(str(key))}")
+            for key, value in args.items()
         }
     if isinstance(args, list | tuple):
         return [materialise(value, f"{path}.{index}") for index, value in enumerate(args)]
@@ -79,7 +81,7 @@ def require(source: Source) -> None:
         name = source.text.removeprefix("world:")
         there = [str(asset.relative_to(ASSETS)) for asset in ASSETS.rglob("*")] if ASSETS.is_dir() else []
         raise ConfigError(
-            f"{source.path}: 'world:{name}' is not among the bundled assets in {ASSETS}.{nearest(name, there)}"
+            f"{source.path}: 'world:{show(name)}' is not among the bundled assets in {ASSETS}.{nearest(name, there)}"
             " `rewardgen world build` makes them."
         )
 

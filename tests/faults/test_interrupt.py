@@ -93,6 +93,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_resumed_from_its_beginni
     experiment, whole, folder = tmp_path / "toy.yaml", tmp_path / "whole", tmp_path / "run"
     experiment.write_text(TOY)
     assert run(capsys, "train", str(experiment), "-o", str(whole))[0] == 0
+
     def dies(self: Trainer, number: int) -> StepReport:
         raise MemoryError
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,29 +62,39 @@ class WeightsWereRead(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every way to open weights raises, in its library and wherever a module of the project has bound it."""
     monkeypatch.chdir(ROOT)
 
     def refuse(*args: object, **_: object) -> None:
         raise WeightsWereRead(str(args[:1]))
 
-    readers = [(safetensors, "safe_open"), (safetensors.torch, "load_file"), (safetensors.torch, "load")]
-    readers += [(torch, "load"), (torch.jit, "load")]
-    originals = [getattr(module, name) for module, name in readers]
-    ours = [(module, name) for module in list(sys.modules.values()) for name in _bound(module, originals)]
-    # These two read the weights of the good experiment; imported later they would bind a replaced reader for good.
-    assert {reading, csd} <= {module for module, _ in ours}
-    for module, name in (*readers, *ours):
-        monkeypatch.setattr(module, name, refuse)
+    places = [(safetensors, "safe_open"), (safetensors.torch, "load_file"), (safetensors.torch, "load")]
+    places += [(torch, "load"), (torch.jit, "load")]
+    readers = [(module, name, getattr(module, name), partial(refuse)) for module, name in places]
+    for library, attribute, original, refusal in readers:
+        ours = [(module, name) for module in list(sys.modules.values()) for name in _bound(module, original)]
+        for module, name in ((library, attribute), *ours):
+            monkeypatch.setattr(module, name, refusal)
     # diffusers and transformers open files by their own means.
     monkeypatch.setattr("rewardgen.policies.parts._read", refuse)
+    # These two read the weights of the good experiment.
+    assert any(_bound(reading, refusal) for *_, refusal in readers)
+    assert any(_bound(csd, refusal) for *_, refusal in readers)
+    yield
+    # A module that was first imported meanwhile has bound a replacement, and would keep it.
+    monkeypatch.undo()
+    for module in list(sys.modules.values()):
+        for _, _, original, refusal in readers:
+            for name in _bound(module, refusal):
+                setattr(module, name, original)
 
 
-def _bound(module: object, originals: list[object]) -> list[str]:
+def _bound(module: object, reader: object) -> list[str]:
+    """The names by which a module of the project holds a reader."""
     if not getattr(module, "__name__", "").startswith("rewardgen"):
         return []
-    return [name for name, value in vars(module).items() if any(value is original for original in originals)]
+    return [name for name, value in vars(module).items() if value is reader]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
