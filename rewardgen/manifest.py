@@ -70,9 +70,10 @@ _SECRET_NAME = (
 )
 _SECRET = re.compile(_SECRET_NAME, re.IGNORECASE)
 _IN_URL = re.compile(r"(:/{1,2})[^/?#\s'\"]+@")  # a URL taken for a path has one slash left
-_PARAMETER = re.compile(rf"([?&](?:[^=&\s]*(?:{_SECRET_NAME}|signature)[^=&\s]*|key|sig)=)[^&#\s'\"]+", re.IGNORECASE)
+# What comes before the name is left out where it can be: each `*` in front of it would cost a pass over long texts.
+_PARAMETER = re.compile(rf"([?&](?:[^=&?\s]*(?:{_SECRET_NAME}|signature)[^=&?\s]*|key|sig)=)[^&#\s'\"]+", re.IGNORECASE)
 _ENTRY = re.compile(
-    rf"([\w.\-]*(?:{_SECRET_NAME})[\w.\-]*[\"']?\s*[:=]\s*)(\"[^\"]*\"?|'[^']*'?|[^,}}\]\n]+)", re.IGNORECASE
+    rf"((?:{_SECRET_NAME})[\w.\-]{{0,80}}[\"']?\s?[:=]\s?)(\"[^\"]*\"?|'[^']*'?|[^,}}\]\n]+)", re.IGNORECASE
 )
 _SHORTEST_SECRET = 8
 """Shorter values of environment variables are placeholders such as EMPTY, and words that may stand anywhere."""

@@ -249,6 +249,16 @@ def test_arguments(argument: str, expected: str) -> None:
     assert blot_entries(argument) == expected
 
 
+@pytest.mark.parametrize(
+    "piece", ["x", "?", "&", "token", "token ", ":/", ":/x@", "key=", "a.b_", "'", "\n", "token: "]
+)
+def test_a_secret_behind_a_long_text(piece: str) -> None:
+    """A pattern that goes over a text once for each of its places would take minutes here."""
+    text = piece * 20_000
+    assert blot(f"{text} https://me:s3cr3t@host").endswith(" https://***@host")
+    assert blot_entries(f"{text}\ntoken: s3cr3t").endswith("\ntoken: ***")
+
+
 def test_a_secret_is_no_source() -> None:
     """A token may look like a file of the hub. It is not looked up there, and what is read does not list it."""
     args = {"hub_token": "owner/name:file", "judge": {"api_key": "world:csd.safetensors"}, "base": "owner/name"}
