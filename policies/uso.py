@@ -131,11 +131,15 @@ class UsoPolicy(Policy):
             CheckpointError: a file is missing, damaged or of another layout.
             ConfigError: the parts do not fit together.
         """
+        # Found before the base is read: a misspelt path must not cost minutes of loading.
+        projector_file, lora_file = (
+            None if source is None else official.resolve_file(source) for source in (projector, lora)
+        )
         dtype = DTYPES[base_dtype]
         parts = load_parts(base, siglip, dtype=dtype)
         style: StyleProjector | None = None
-        if projector is not None:
-            style = official.load_projector(official.resolve_file(projector))
+        if projector_file is not None:
+            style = official.load_projector(projector_file)
         elif "projector" in train and parts.siglip is not None:
             vision = parts.siglip.config
             style = StyleProjector(
@@ -144,8 +148,8 @@ class UsoPolicy(Policy):
                 tokens_per_level=style_tokens_per_level,
                 hidden_size=parts.transformer.inner_dim,
             )
-        if lora is not None:
-            official.load_lora(parts.transformer, official.resolve_file(lora), rank=lora_rank)
+        if lora_file is not None:
+            official.load_lora(parts.transformer, lora_file, rank=lora_rank)
         policy = cls(
             parts,
             style,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from rewardgen import plugins, sources, strict_yaml
@@ -386,7 +385,7 @@ def _resolved(experiment: Experiment) -> dict[str, Any]:
 
 
 def _as_yaml(experiment: Experiment) -> str:
-    return yaml.safe_dump(_resolved(experiment), sort_keys=False, allow_unicode=True, width=120)
+    return strict_yaml.dump(_resolved(experiment))
 
 
 def _count(policy: Policy) -> str:

@@ -360,5 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        from rewardgen.manifest import blot  # imports torch, which a command that fails has mostly done
+
+        typer.echo(f"error: {blot(str(error))}", err=True)
         sys.exit(2)
