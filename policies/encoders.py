@@ -95,16 +95,19 @@ class FluxEncoder:
         states, pooled = self.cache.get("text", prompt, lambda: encode_text(self.parts, prompt, self.max_text_tokens))
         return states, pooled
 
-    def reference(self, image_3HW: Tensor, multiple: int) -> Reference:
-        """A content reference as tokens, cropped to a multiple of `multiple` pixels."""
-        key = content_hash(image_3HW)
+    def reference(self, image_3HW: Tensor, multiple: int, long_side: int | None = None) -> Reference:
+        """A content reference as tokens, cropped to a multiple of `multiple` pixels.
+
+        `long_side` in pixels takes the place of `content_long_side`.
+        """
+        key, side = content_hash(image_3HW), long_side or self.content_long_side
 
         def encode() -> tuple[Tensor, ...]:
-            image = preprocess_reference(to_pil(image_3HW), self.content_long_side, multiple)
+            image = preprocess_reference(to_pil(image_3HW), side, multiple)
             noise = torch.Generator().manual_seed(int(key[:15], 16)) if self.sample_posterior else None
             return (vae_latents(self.parts.vae, to_signed(image), noise)[0],)
 
-        (latents_CHW,) = self.cache.get("content", key, encode)
+        (latents_CHW,) = self.cache.get("content", f"{key} {side}", encode)
         grid = (latents_CHW.shape[1] // PATCH, latents_CHW.shape[2] // PATCH)
         return Reference(tokens_NP=pack(latents_CHW[None])[0], grid=grid)
 

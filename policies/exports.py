@@ -7,11 +7,12 @@ fused `up`, its rows in the order q, k, v. There is no alpha, so that `W + up @ 
 
 | format | file | q, k and v | scale |
 |---|---|---|---|
-| uso | dit_lora.safetensors | one `qkv_lora.down` [r, in], one `qkv_lora.up` [3 out, r] | 1, implied |
+| uso, uno | dit_lora.safetensors | one `qkv_lora.down` [r, in], one `qkv_lora.up` [3 out, r] | 1, implied |
 | peft | adapter_model.safetensors | a copy of `down` for each, `up` cut in three | lora_alpha / r = r / r |
 | diffusers | pytorch_lora_weights.safetensors | the same, under other keys | 1, implied by the absence of alphas |
 
-All three keep the rank r and every bit of the tensors.
+"uno" is the same file under the name of UNO and UMO, whose releases have no style projector. All keep the rank r and
+every bit of the tensors.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rewardgen.policies.reading import count
 
 LORA_FILES: Mapping[str, str] = {
     "uso": "dit_lora.safetensors",
+    "uno": "dit_lora.safetensors",
     "peft": "adapter_model.safetensors",
     "diffusers": "pytorch_lora_weights.safetensors",
 }
@@ -42,7 +44,7 @@ _PREFIXES = {"peft": "base_model.model.", "diffusers": "transformer."}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """The trained tensors of a USO policy.
+    """The trained tensors of a USO or UNO policy.
 
     Args:
         lora: LoRA parameters by their name within the transformer; a shared one under each of its names.
@@ -72,7 +74,7 @@ class Export:
 
 
 def sort_tensors(tensors: Mapping[str, Tensor], source: str) -> Trained:
-    """Tell the parts apart by the parameter names of `UsoPolicy`; `source` is named in messages.
+    """Tell the parts apart by the parameter names of `FluxPolicy`; `source` is named in messages.
 
     Raises:
         CheckpointError: neither a LoRA nor a projector is among them, or the LoRA is not whole.
@@ -96,17 +98,24 @@ def sort_tensors(tensors: Mapping[str, Tensor], source: str) -> Trained:
 
 
 def write_export(
-    tensors: Mapping[str, Tensor], file_format: str, folder: Path, *, source: str, base: str | None = None
+    tensors: Mapping[str, Tensor],
+    file_format: str,
+    folder: Path,
+    *,
+    source: str,
+    base: str | None = None,
+    takes_styles: bool = True,
 ) -> Export:
     """Write trained tensors into a folder. Each file is a contiguous copy on the CPU, in the precision trained in.
 
     The style projector goes beside the LoRA in USO's format, the only one that has a place for it.
 
     Args:
-        tensors: by parameter name of `UsoPolicy`, a shared one under its first name at least.
-        file_format: "uso", "peft" or "diffusers".
+        tensors: by parameter name of `FluxPolicy`, a shared one under its first name at least.
+        file_format: "uso", "uno", "peft" or "diffusers".
         source: where the tensors come from, for messages.
         base: hub id of the base model, for PEFT's configuration.
+        takes_styles: whether the policy takes style pictures; UNO does not.
 
     Raises:
         ConfigError: no such format.
@@ -130,7 +139,7 @@ def write_export(
     if trained.projector:
         official = {PROJECTOR_PREFIX + name: _copy(tensor) for name, tensor in trained.projector.items()}
         files["projector"] = write_tensors(official, folder / PROJECTOR_FILE)
-    return Export(files=files, rank=trained.rank, notes=tuple(_notes(trained, file_format)))
+    return Export(files=files, rank=trained.rank, notes=tuple(_notes(trained, file_format, takes_styles)))
 
 
 def _entries(lora: Mapping[str, Tensor]) -> list[Entry]:
@@ -158,7 +167,7 @@ def _whole(lora: Mapping[str, Tensor], entries: list[Entry], source: str) -> dic
 
 
 def _lora_tensors(trained: Trained, file_format: str) -> dict[str, Tensor]:
-    if file_format == "uso":
+    if file_format in ("uso", "uno"):
         return to_official(trained.entries, trained.lora)
     # PEFT's own names, less the adapter's; diffusers has taken them over under the pipeline's name for the model.
     prefix = _PREFIXES[file_format]
@@ -184,14 +193,14 @@ def _write_peft_config(trained: Trained, base: str | None, path: Path) -> Path:
     return path
 
 
-def _notes(trained: Trained, file_format: str) -> list[str]:
+def _notes(trained: Trained, file_format: str, takes_styles: bool) -> list[str]:
     notes = []
     if trained.projector and file_format != "uso":
         notes.append(
             f"the trained style projector lies in {PROJECTOR_FILE} under USO's keys: {file_format} has no place for it,"
             " and what loads only the LoRA takes no style pictures"
         )
-    if not trained.projector:
+    if not trained.projector and takes_styles:
         notes.append("the style projector was not trained: style pictures need the one that the run began with")
     if not trained.lora:
         notes.append("no LoRA was trained: the policy also needs the one that the run began with, if any")

@@ -237,6 +237,7 @@ class ExportFormat(StrEnum):
     """File formats of `export`."""
 
     USO = "uso"
+    UNO = "uno"
     PEFT = "peft"
     DIFFUSERS = "diffusers"
 
@@ -257,7 +258,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write, new or empty.")],
     file_format: Annotated[
         ExportFormat,
-        typer.Option("--format", help="USO's own files, a PEFT adapter, or a LoRA for diffusers' FluxPipeline."),
+        typer.Option("--format", help="USO's or UNO's own files, a PEFT adapter, or a LoRA for diffusers' FluxPipeline."),
     ],
     weights: Annotated[
         Optional[ExportWeights],  # noqa: UP045

@@ -30,6 +30,7 @@ _FLUX_DEV_LICENCE = (
 _UNSHARED = {"world": "rewardgen's bundled tiny world", "": "unknown"}
 _USE = {
     "uso": ["USO's own file format. In an experiment of rewardgen: `policy.args.lora` and `policy.args.projector`."],
+    "uno": ["The file format of UNO and UMO. In an experiment of rewardgen: `policy.use: uno` and `policy.args.lora`."],
     "peft": [
         "```python",
         'transformer = FluxTransformer2DModel.from_pretrained(base, subfolder="transformer")',
@@ -85,7 +86,7 @@ def export(source: Path, *, file_format: str, output: Path, weights: str | None 
 
     Args:
         source: a run's folder, whose latest whole checkpoint is taken, or the folder of one checkpoint.
-        file_format: "uso", "peft" or "diffusers", see `rewardgen.policies.exports`.
+        file_format: "uso", "uno", "peft" or "diffusers", see `rewardgen.policies.exports`.
         output: folder that does not exist yet or is empty.
         weights: "ema" (the averaged weights) or "trained"; None takes the average where the run kept one.
 
@@ -99,7 +100,14 @@ def export(source: Path, *, file_format: str, output: Path, weights: str | None 
     checkpoint = find_checkpoint(source)
     tensors, origin = read_origin(checkpoint, weights)
     with _filled(output) as folder:
-        made = exports.write_export(tensors, file_format, folder, source=str(checkpoint), base=origin.hub_base)
+        made = exports.write_export(
+            tensors,
+            file_format,
+            folder,
+            source=str(checkpoint),
+            base=origin.hub_base,
+            takes_styles=origin.config.get("policy", {}).get("use") != "uno",
+        )
         (folder / CARD).write_text(_card(file_format, made, origin), encoding="utf-8")
     print(f"{checkpoint}: {origin.describe()}")
     for part, path in made.files.items():

@@ -13,6 +13,7 @@ from rewardgen.flow.sampling import sample
 from rewardgen.flow.schedule import official_sigmas
 from rewardgen.policies import official
 from rewardgen.policies.conditions import Reference, UsoCondition
+from rewardgen.policies.flux import FluxPolicy
 from rewardgen.policies.packing import pack, unpack
 from rewardgen.policies.parts import FluxParts
 from rewardgen.policies.projector import StyleProjector, select_levels
@@ -94,7 +95,7 @@ def condition_of(tensors: dict[str, Tensor], hidden: dict[str, Tensor], name: st
     )
 
 
-def image_size_of(policy: UsoPolicy, latent: Tensor) -> tuple[int, int]:
+def image_size_of(policy: FluxPolicy, latent: Tensor) -> tuple[int, int]:
     return latent.shape[2] * policy.vae_factor, latent.shape[3] * policy.vae_factor
 
 

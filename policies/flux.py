@@ -1,0 +1,224 @@
+"""What the policies on FLUX.1 share: frozen parts, sizes, times, the autoencoder, tokens in, velocity out.
+
+Shape suffixes: B batch, L target tokens, P packed latent channels, S style tokens, H and W pixels (as a width, H is
+the DiT's).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rewardgen.errors import ConfigError, nearest
+from rewardgen.flow import schedule as times
+from rewardgen.policies import official
+from rewardgen.policies.conditions import Group, UsoCondition, group_by_layout
+from rewardgen.policies.dit import grouped_velocity
+from rewardgen.policies.encoders import FluxEncoder, vae_latents, vae_pixels
+from rewardgen.policies.packing import PATCH, Grid, PositionEncoding, image_ids, pack, unpack
+from rewardgen.policies.parts import FluxParts, check_sizes
+from rewardgen.policies.projector import StyleProjector
+from rewardgen.policies.trained import Part, require_gradients
+from rewardgen.policy import Mode, Policy
+from rewardgen.types import Condition, VelocityFn
+
+Schedule = Literal["official", "token_count"]
+VaeEncode = Literal["mean", "sample"]
+BaseDtype = Literal["fp32", "bf16"]
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class FluxPolicy(Policy):
+    """FLUX.1 with reference pictures in the token sequence. Abstract: `UsoPolicy` and `UnoPolicy` are its leaves.
+
+    They say which pictures become tokens (`encode`), which style tokens stand before the text (`_style_tokens`), and
+    how what was trained is written (`save`). Examples of one batch may have any number and size of references; those
+    of equal layout run together, without padding, so that a sample does not depend on its neighbours.
+
+    Args:
+        parts: the pretrained parts; they are frozen except for what `train` names.
+        projector: style projector, or None where no style pictures are used.
+        lora_rank: rank of a LoRA to inject (scale 1) where there is none yet; None injects none.
+        train: what is trained: "lora", "projector", "transformer" (all of the base weights).
+        schedule: sampling times of the released pipeline ("official", see
+            `rewardgen.flow.schedule.official_token_count`) or those of the true token count.
+        sample_guidance: guidance embedding while sampling.
+        train_guidance: guidance embedding of the model as trained.
+        vae_encode: "mean" of the posterior, or a "sample" of it as the release does.
+        content_long_side: pixels of the long side to which references are resized.
+        max_text_tokens: length to which T5 prompts are padded and cut.
+        pe: along which axes reference ids are offset; "d" is both, as released.
+    """
+
+    def __init__(
+        self,
+        parts: FluxParts,
+        projector: StyleProjector | None,
+        *,
+        lora_rank: int | None,
+        train: Sequence[Part],
+        schedule: Schedule,
+        sample_guidance: float,
+        train_guidance: float,
+        vae_encode: VaeEncode,
+        content_long_side: int,
+        max_text_tokens: int,
+        pe: PositionEncoding,
+    ) -> None:
+        super().__init__()
+        check_choice("schedule", [schedule], Schedule)
+        check_choice("vae_encode", [vae_encode], VaeEncode)
+        check_choice("pe", [pe], PositionEncoding)
+        self.transformer, self.vae, self.siglip = parts.transformer, parts.vae, parts.siglip
+        self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
+        self.projector = projector
+        self.trained_parts = tuple(train)
+        self.schedule, self.pe, self.vae_encode = schedule, pe, vae_encode
+        self.sample_guidance, self.train_guidance = sample_guidance, train_guidance
+        self.vae_factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.encoder = FluxEncoder(
+            parts,
+            content_long_side=content_long_side,
+            max_text_tokens=max_text_tokens,
+            sample_posterior=vae_encode == "sample",
+        )
+        check_sizes(parts, projector)
+        if lora_rank is not None and not official.has_lora(self.transformer):
+            official.add_lora(self.transformer, lora_rank)
+        require_gradients(self, self.transformer, projector, self.trained_parts)
+        self.train(False)
+
+    # -- construction --
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Hold what is not trained in `dtype` and what is trained in float32."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        self.encoder.cache.clear()
+
+    def train(self, mode: bool = True) -> Self:
+        """Frozen parts stay in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        if "transformer" in self.trained_parts or "lora" in self.trained_parts:
+            self.transformer.train(mode)
+        if "projector" in self.trained_parts and self.projector is not None:
+            self.projector.train(mode)
+        return self
+
+    def enable_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute the blocks of the DiT and of the VAE decoder in the backward pass instead of storing them."""
+        for part in (self.transformer, self.vae):
+            if enabled:
+                part.enable_gradient_checkpointing()
+            else:
+                part.disable_gradient_checkpointing()
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.transformer.device
+        return device
+
+    # -- encoding --
+
+    def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
+        """Pictures in [0, 1] -> clean latents [B, L, P], float32, without gradient.
+
+        With `vae_encode` "sample" the posterior is drawn from with torch's global CPU generator.
+        """
+        self._grid((pixels_B3HW.shape[2], pixels_B3HW.shape[3]))
+        noise = "global" if self.vae_encode == "sample" else None
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return pack(vae_latents(self.vae, pixels_B3HW * 2 - 1, noise))
+
+    def decode(self, latents_BLC: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Clean latents -> pictures [B, 3, H, W], nominally in [0, 1] but not clamped, under the caller's gradients."""
+        with torch.autocast(self.device.type, enabled=False):
+            return (vae_pixels(self.vae, unpack(latents_BLC, self._grid(image_size))) + 1) / 2
+
+    # -- sampling --
+
+    @property
+    def multiple(self) -> int:
+        """Pixels per token side: pictures must be multiples of it (16 in FLUX.1)."""
+        return PATCH * self.vae_factor
+
+    def _grid(self, image_size: tuple[int, int]) -> Grid:
+        height, width = image_size
+        if height < 1 or width < 1 or height % self.multiple or width % self.multiple:
+            raise ConfigError(f"image_size {height}x{width}: both sides must be multiples of {self.multiple}")
+        return height // self.multiple, width // self.multiple
+
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(L, P) for a picture of (height, width). Raises ConfigError unless both are multiples of `multiple`."""
+        rows, columns = self._grid(image_size)
+        return rows * columns, int(self.transformer.config.in_channels)
+
+    def sigmas(self, num_steps: int, image_size: tuple[int, int]) -> Tensor:
+        """Sampling times [num_steps + 1], float32, from 1 to 0."""
+        num_tokens, _ = self.latent_shape(image_size)
+        if self.schedule == "official":
+            return times.official_sigmas(num_steps, image_size)
+        return times.token_count_sigmas(num_steps, num_tokens)
+
+    def training_sigmas(self, image_size: tuple[int, int]) -> Tensor:
+        """The times from which the flow-matching loss draws, float32 [1000]."""
+        return times.training_sigmas(self.latent_shape(image_size)[0])
+
+    @abstractmethod
+    def _style_tokens(self, condition: UsoCondition) -> list[Tensor]:
+        """Style tokens [S, H] of each example, under the caller's gradient mode; S may be 0."""
+
+    def velocity_fn(
+        self,
+        condition: Condition,
+        *,
+        mode: Mode,
+        image_size: tuple[int, int],
+        guidance_B: Tensor | None = None,
+    ) -> VelocityFn:
+        """`(latents_BLP, t_B) -> velocity_BLP` for a condition; style tokens are made here, once.
+
+        Args:
+            image_size: (height, width) of the picture, which the position ids need.
+            guidance_B: a guidance of its own for each sample, in place of the mode's.
+
+        Raises:
+            ConfigError: a size the model cannot draw, or style pictures without a projector.
+        """
+        if not isinstance(condition, UsoCondition):
+            raise TypeError(
+                f"{type(self).__name__} needs the condition that it encoded, not a {type(condition).__name__}"
+            )
+        device = self.device
+        if guidance_B is None:
+            guidance = self.train_guidance if mode == "train" else self.sample_guidance
+            guidance_B = torch.full((len(condition),), guidance)
+        groups = group_by_layout(condition, self._style_tokens(condition), self.transformer.config.in_channels, device)
+
+        target = self._grid(image_size)
+
+        def ids_of(group: Group) -> Tensor:
+            text_ids = torch.zeros(group.style_BSH.shape[1] + group.text_BTD.shape[1], 3)
+            return torch.cat([text_ids, *image_ids(target, group.grids, self.pe)]).to(device)
+
+        return grouped_velocity(self.transformer, groups, guidance_B.to(device), ids_of)
+
+    # -- weights --
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by their name in this module, in its order; a shared one appears once."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def check_choice(name: str, values: Sequence[str], choices: Any) -> None:
+    """Raise ConfigError for the first value that is not among the choices of a `Literal`."""
+    valid = get_args(choices)
+    for value in values:
+        if value not in valid:
+            raise ConfigError(f"{name}: '{value}' is not one of {', '.join(valid)}.{nearest(str(value), valid)}")

@@ -1,0 +1,162 @@
+"""UNO (arXiv 2504.02160): a FLUX.1 policy with any number of reference pictures in the sequence, and UMO's base.
+
+It is USO without the style path: the same tokens, position ids (`packing.image_ids`, `pe="d"`), LoRA format and
+sampling. Its forward pass is checked against the released code in `tests/parity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from rewardgen.errors import ConfigError
+from rewardgen.policies import official
+from rewardgen.policies.conditions import Reference, UsoCondition
+from rewardgen.policies.flux import DTYPES, BaseDtype, FluxPolicy, Schedule, VaeEncode, check_choice
+from rewardgen.policies.packing import PositionEncoding
+from rewardgen.policies.parts import FluxParts, load_parts
+from rewardgen.policies.trained import save_trained
+from rewardgen.types import Example
+
+DEFAULT_RANK = 512
+"""Of UNO's and UMO's released LoRA."""
+
+UnoPart = Literal["lora", "transformer"]
+
+
+class UnoPolicy(FluxPolicy):
+    """FLUX.1 with references as VAE tokens behind the target's.
+
+    The references of an example are its `content_refs` (objects), then its `identity_refs` (people), in their order:
+    to the model both are pictures on the same staircase of position ids, and only identity rewards tell them apart.
+
+    Args:
+        parts: the pretrained parts; they are frozen except for what `train` names. A SigLIP is not used.
+        lora_rank: rank of a LoRA to inject (scale 1); None injects one of rank 512 when `train` names it.
+        train: what is trained: "lora", "transformer" (all of the base weights).
+        schedule: sampling times of the released pipeline ("official", see
+            `rewardgen.flow.schedule.official_token_count`) or those of the true token count.
+        sample_guidance: guidance embedding while sampling.
+        train_guidance: guidance embedding of the model as trained.
+        vae_encode: "mean" of the posterior, or a "sample" of it as the release does.
+        content_long_side: pixels of the long side to which the reference of an example with only one is resized.
+        several_long_side: the same where an example has several references (320 in the releases of UNO and UMO).
+        max_text_tokens: length to which T5 prompts are padded and cut.
+        pe: along which axes reference ids are offset; "d" is both, as released.
+    """
+
+    def __init__(
+        self,
+        parts: FluxParts,
+        *,
+        lora_rank: int | None = None,
+        train: Sequence[UnoPart] = ("lora",),
+        schedule: Schedule = "official",
+        sample_guidance: float = 4.0,
+        train_guidance: float = 1.0,
+        vae_encode: VaeEncode = "mean",
+        content_long_side: int = 512,
+        several_long_side: int = 320,
+        max_text_tokens: int = 512,
+        pe: PositionEncoding = "d",
+    ) -> None:
+        check_choice("train", train, UnoPart)
+        super().__init__(
+            parts,
+            None,
+            lora_rank=lora_rank or (DEFAULT_RANK if "lora" in train else None),
+            train=train,
+            schedule=schedule,
+            sample_guidance=sample_guidance,
+            train_guidance=train_guidance,
+            vae_encode=vae_encode,
+            content_long_side=content_long_side,
+            max_text_tokens=max_text_tokens,
+            pe=pe,
+        )
+        self.several_long_side = several_long_side
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str,
+        *,
+        lora: str | None = None,
+        lora_rank: int | None = None,
+        base_dtype: BaseDtype = "fp32",
+        train: tuple[UnoPart, ...] = ("lora",),
+        schedule: Schedule = "official",
+        sample_guidance: float = 4.0,
+        train_guidance: float = 1.0,
+        vae_encode: VaeEncode = "mean",
+        content_long_side: int = 512,
+        several_long_side: int = 320,
+        max_text_tokens: int = 512,
+        pe: PositionEncoding = "d",
+    ) -> Self:
+        """Load a policy; options not named here are those of the class.
+
+        Args:
+            base: folder or hub id in the layout of a diffusers `FluxPipeline`.
+            lora: official LoRA file of UNO or UMO, or `owner/repository:path` on the hub; its rank is taken over.
+            base_dtype: precision of what is not trained. What is trained is float32.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or of another layout.
+            ConfigError: the parts do not fit together.
+        """
+        # Found before the base is read: a misspelt path must not cost minutes of loading.
+        lora_file = None if lora is None else official.resolve_file(lora)
+        dtype = DTYPES[base_dtype]
+        parts = load_parts(base, None, dtype=dtype)
+        if lora_file is not None:
+            official.load_lora(parts.transformer, lora_file, rank=lora_rank)
+        policy = cls(
+            parts,
+            lora_rank=lora_rank,
+            train=train,
+            schedule=schedule,
+            sample_guidance=sample_guidance,
+            train_guidance=train_guidance,
+            vae_encode=vae_encode,
+            content_long_side=content_long_side,
+            several_long_side=several_long_side,
+            max_text_tokens=max_text_tokens,
+            pe=pe,
+        )
+        policy.cast_frozen(dtype)
+        return policy
+
+    def encode(self, examples: Sequence[Example]) -> UsoCondition:
+        """Encode prompts and references; what was encoded before comes from memory.
+
+        Raises:
+            ConfigError: an example has style references, or a picture is too thin.
+        """
+        for example in examples:
+            if example.style_refs:
+                raise ConfigError(f"example '{example.id}' has style references, which UNO cannot take; use `uso`")
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            text = [self.encoder.text(example.prompt) for example in examples]
+            return UsoCondition(
+                text_B=tuple(states for states, _ in text),
+                pooled_B=tuple(pooled for _, pooled in text),
+                references_B=tuple(self._references(example) for example in examples),
+                styles_B=((),) * len(examples),
+            )
+
+    def _references(self, example: Example) -> tuple[Reference, ...]:
+        images = example.content_refs + example.identity_refs
+        side = self.several_long_side if len(images) > 1 else None
+        return tuple(self.encoder.reference(image, self.multiple, side) for image in images)
+
+    def _style_tokens(self, condition: UsoCondition) -> list[Tensor]:
+        return [torch.zeros(0, self.transformer.inner_dim, device=self.device)] * len(condition)
+
+    def save(self, folder: Path) -> Mapping[str, Path]:
+        """Write what is trained in the official formats, see `trained.save_trained`."""
+        return save_trained(self.transformer, None, self.trained_parts, folder)
