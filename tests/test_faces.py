@@ -39,8 +39,8 @@ from rewardgen.rewards.faces.onnx_detectors import (
     open_detector,
     retinaface_anchors,
     retinaface_input,
-    suppress,
 )
+from rewardgen.rewards.faces.suppression import suppress
 from rewardgen.rewards.faces.windows import untouched, window_transforms, windows
 from rewardgen.types import Example
 from tests.toy_faces import CROP, TINY, example_of, landmarks_at, linear_encoder, person, scene, tiny_iresnet

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewardgen.errors import CheckpointError, ConfigError
+from rewardgen.rewards.faces.centre_detector import load_centre_detector
 from rewardgen.rewards.faces.detector import FaceDetector, Faces, GivenDetector
+from rewardgen.rewards.faces.suppression import confident
 
 _BGR_MEAN = (104.0, 117.0, 123.0)
 _RETINAFACE_ANCHORS = {8: (16, 32), 16: (64, 128), 32: (256, 512)}
@@ -39,8 +41,8 @@ def open_detector(detector: str, *, confidence: float | None = None) -> FaceDete
     """A detector by the name that experiments use.
 
     Args:
-        detector: `given` (landmarks of the examples), or the path of an ONNX file: SCRFD with landmarks (9 or 15
-            outputs) or RetinaFace (3 outputs).
+        detector: `given` (landmarks of the examples); the path of an ONNX file: SCRFD with landmarks (9 or 15
+            outputs) or RetinaFace (3 outputs); or that of a safetensors file: a `CentreDetector`.
         confidence: least score of a face; by default each release's own.
 
     Raises:
@@ -51,8 +53,10 @@ def open_detector(detector: str, *, confidence: float | None = None) -> FaceDete
         if confidence is not None:
             raise ConfigError("the detector 'given' has no confidence to compare with; leave it out")
         return GivenDetector()
-    session = open_session(Path(detector))
     options = {} if confidence is None else {"confidence": confidence}
+    if Path(detector).suffix == ".safetensors":
+        return load_centre_detector(detector, **options)
+    session = open_session(Path(detector))
     count = len(session.get_outputs())
     if count in Scrfd.STRIDES:
         return Scrfd(session, **options)
@@ -126,7 +130,7 @@ class Scrfd(FaceDetector):
         ]
         scores_P, boxes_P4, landmarks_P52 = (torch.cat(columns) for columns in zip(*parts, strict=True))
         scale = fitted[0] / height
-        return _confident(scores_P, boxes_P4 / scale, landmarks_P52 / scale, self.confidence, self.overlap)
+        return confident(scores_P, boxes_P4 / scale, landmarks_P52 / scale, self.confidence, self.overlap)
 
     def _level(self, stride: int, scores: Tensor, boxes: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs are distances from the anchor's centre, in strides."""
@@ -164,7 +168,7 @@ class RetinaFace(FaceDetector):
         half_P2 = side_P2 * torch.exp(by_side * boxes[0, :, 2:]) / 2
         landmarks_P52 = centre_P2[:, None] + by_centre * landmarks[0].reshape(-1, 5, 2) * side_P2[:, None]
         boxes_P4 = torch.cat([middle_P2 - half_P2, middle_P2 + half_P2], dim=1)
-        return _confident(probabilities[0, :, 1], boxes_P4, landmarks_P52, self.confidence, self.overlap)
+        return confident(probabilities[0, :, 1], boxes_P4, landmarks_P52, self.confidence, self.overlap)
 
 
 def retinaface_input(pixels_B3HW: Tensor) -> Tensor:
@@ -181,35 +185,6 @@ def retinaface_anchors(height: int, width: int) -> Tensor:
         side_P2 = torch.tensor(sides, dtype=torch.float32).repeat(len(centre_P2))[:, None].expand(-1, 2)
         levels.append(torch.cat([centre_P2.repeat_interleave(len(sides), dim=0), side_P2], dim=1))
     return torch.cat(levels)
-
-
-def suppress(boxes_N4: Tensor, scores_N: Tensor, overlap: float) -> Tensor:
-    """Non-maximum suppression: indices of the boxes that stay, most confident first.
-
-    A box goes if its intersection over union with a more confident one that stays is larger than `overlap`. Sides
-    count both end pixels, as both releases do.
-    """
-    order = torch.argsort(scores_N, descending=True, stable=True)
-    kept: list[int] = []
-    while len(order):
-        best, rest = order[0], order[1:]
-        kept.append(int(best))
-        low_N2 = torch.maximum(boxes_N4[rest, :2], boxes_N4[best, :2])
-        high_N2 = torch.minimum(boxes_N4[rest, 2:], boxes_N4[best, 2:])
-        common_N = (high_N2 - low_N2 + 1).clamp(min=0).prod(1)
-        union_N = _area(boxes_N4[rest]) + _area(boxes_N4[best][None]) - common_N
-        order = rest[common_N <= overlap * union_N]
-    return torch.tensor(kept, dtype=torch.long)
-
-
-def _area(boxes_N4: Tensor) -> Tensor:
-    return (boxes_N4[:, 2:] - boxes_N4[:, :2] + 1).prod(1)
-
-
-def _confident(scores_P: Tensor, boxes_P4: Tensor, landmarks_P52: Tensor, confidence: float, overlap: float) -> Faces:
-    sure = scores_P >= confidence
-    faces = Faces(boxes_N4=boxes_P4[sure], scores_N=scores_P[sure], landmarks_N52=landmarks_P52[sure])
-    return faces[suppress(faces.boxes_N4, faces.scores_N, overlap)]
 
 
 def _grid(rows: int, columns: int) -> Tensor:
