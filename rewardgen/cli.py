@@ -16,6 +16,7 @@ from rewardgen.commands.options import (
     ExperimentFile,
     ExperimentOption,
     ExperimentOrRun,
+    Explain,
     Flavor,
     Grid,
     Identity,
@@ -202,6 +203,7 @@ def score(
     experiment: ExperimentOption = None,
     flavor: Flavor = None,
     as_json: AsJson = False,
+    explain: Explain = None,
 ) -> None:
     """Score pictures with any reward: the same code that trains and evaluates.
 
@@ -217,6 +219,7 @@ def score(
       rewardgen score samples/uso_srl/seed* -s a.png -e experiments/uso_srl.yaml
       rewardgen score out -r csd -s look.png csd.checkpoint=csd.safetensors
       rewardgen score "out/**/*.png" -r ./my_reward.py:Warmth -r brightness
+      rewardgen score group.png -r matching -i a.png -i b.png --explain faces.png
     """
     from rewardgen.commands import score as command
 
@@ -230,6 +233,7 @@ def score(
         experiment=experiment,
         flavor=flavor,
         as_json=as_json,
+        explain=explain,
     )
 
 
@@ -258,7 +262,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write, new or empty.")],
     file_format: Annotated[
         ExportFormat,
-        typer.Option("--format", help="USO's or UNO's own files, a PEFT adapter, or a LoRA for diffusers' FluxPipeline."),
+        typer.Option(
+            "--format", help="USO's or UNO's own files, a PEFT adapter, or a LoRA for diffusers' FluxPipeline."
+        ),
     ],
     weights: Annotated[
         Optional[ExportWeights],  # noqa: UP045

@@ -95,6 +95,27 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FaceMatches:
+    """Which face of one picture belongs to which reference face, for the eye; from rewards that `explain`.
+
+    Args:
+        boxes_N4: faces of the picture, corners (x1, y1, x2, y2) in its pixels.
+        cosine_MN: similarity of each reference face with each of them.
+        matched_MN: bool, the pairs that belong together, at most one in each row and column.
+        reference_M: which identity reference each reference face is from.
+        reference_boxes_M4: where in it.
+        faceless: identity references in which no face was found.
+    """
+
+    boxes_N4: Tensor
+    cosine_MN: Tensor
+    matched_MN: Tensor
+    reference_M: tuple[int, ...]
+    reference_boxes_M4: Tensor
+    faceless: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutRequest:
     """Everything a rollout depends on besides the weights; the micro-batch is part of it.
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rewardgen.reward import Reward
 from rewardgen.rewards.faces.encoder import FaceEncoder
-from rewardgen.types import Example, Score
+from rewardgen.rewards.faces.explain import face_matches
+from rewardgen.types import Example, FaceMatches, Score
 
 
 class IdentityReward(Reward):
@@ -39,6 +40,10 @@ class IdentityReward(Reward):
     ) -> IdentityReward:
         """Read an IResNet (`load_iresnet`) and open a detector (`open_detector`)."""
         return cls(FaceEncoder.from_pretrained(checkpoint, detector, confidence))
+
+    def explain(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> list[FaceMatches]:
+        """Who was found in each picture, one face to a reference (the value allows one face for several)."""
+        return face_matches(self.faces, pixels_B3HW, examples, one_each=True)
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         seen = self.faces.compare(pixels_B3HW, examples, one_each=True)

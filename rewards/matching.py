@@ -9,45 +9,21 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rewardgen.errors import ConfigError
 from rewardgen.reward import Reward
 from rewardgen.rewards.faces.align import crop_boxes
+from rewardgen.rewards.faces.assignment import assign as assign
+from rewardgen.rewards.faces.assignment import assign_batch as assign_batch
 from rewardgen.rewards.faces.detector import Faces
 from rewardgen.rewards.faces.encoder import FaceEncoder
+from rewardgen.rewards.faces.explain import face_matches
 from rewardgen.rewards.faces.windows import untouched, window_transforms, windows
-from rewardgen.types import Example, Score
+from rewardgen.types import Example, FaceMatches, Score
 
 Normalise = Literal["pairs", "matches"]
-
-
-def assign(similarity_MN: Tensor) -> Tensor:
-    """The one-to-one assignment of rows to columns with the largest total similarity.
-
-    Returns:
-        bool [M, N] with min(M, N) entries True, at most one in each row and column. Nothing is assigned if any
-        similarity is not finite.
-    """
-    matched_MN = torch.zeros(similarity_MN.shape, dtype=torch.bool)
-    similarity = similarity_MN.detach().cpu().double().numpy()
-    if torch.from_numpy(similarity).isfinite().all():
-        rows, columns = linear_sum_assignment(similarity, maximize=True)
-        matched_MN[rows, columns] = True
-    return matched_MN.to(similarity_MN.device)
-
-
-def assign_batch(similarity_BMN: Tensor, present_BMN: Tensor) -> Tensor:
-    """`assign` for each picture's own rows and columns: bool [B, M, N], False where `present_BMN` is."""
-    # One copy to the CPU for the batch, where scipy works.
-    similarity, present = similarity_BMN.detach().cpu(), present_BMN.cpu()
-    matched_BMN = torch.zeros_like(present)
-    for similarity_MN, present_MN, matched_MN in zip(similarity, present, matched_BMN, strict=True):
-        m, n = int(present_MN.any(1).sum()), int(present_MN.any(0).sum())
-        matched_MN[:m, :n] = assign(similarity_MN[:m, :n])
-    return matched_BMN.to(similarity_BMN.device)
 
 
 def matching_value(
@@ -152,6 +128,10 @@ class MatchingReward(Reward):
         _check_options(floor, miss, extra)
         faces = FaceEncoder.from_pretrained(checkpoint, detector, confidence)
         return cls(faces, normalise=normalise, floor=floor, miss=miss, extra=extra, references=references)
+
+    def explain(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> list[FaceMatches]:
+        """Who was matched to whom in each picture, without gradient."""
+        return face_matches(self.faces, pixels_B3HW, examples, one_each=self.references == "one_each")
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         seen = self.faces.compare(pixels_B3HW, examples, one_each=self.references == "one_each")

@@ -54,6 +54,10 @@ CheckpointFolder = Annotated[
         show_default="none",
     ),
 ]
+Explain = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--explain", metavar="PNG", help="Draw which face an identity reward matched to which reference."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of text.")]
 
 Prompt = Annotated[

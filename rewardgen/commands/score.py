@@ -5,7 +5,6 @@ Metrics are rewards: what is computed here is `rewardgen.reward.score`, as in tr
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 import sys
@@ -16,13 +15,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from rewardgen import build, plugins, strict_yaml
 from rewardgen.commands import common
+from rewardgen.commands import explain as faces
+from rewardgen.commands.pictures import expand as expand
 from rewardgen.config import Experiment, load_experiment, overlay
-from rewardgen.data.images import KINDS, ImageError, load_image
+from rewardgen.data.images import ImageError, load_image
 from rewardgen.errors import ConfigError, ScoringError, UserError, nearest
 from rewardgen.evaluation.score import score_pictures
 from rewardgen.manifest import redact
@@ -31,7 +31,11 @@ from rewardgen.settings import Plugin
 from rewardgen.trainer import choose_device
 from rewardgen.types import Example
 
-TINY_ARGS: Mapping[str, Mapping[str, Any]] = {"csd": {"checkpoint": "world:csd.safetensors"}}
+_FACES = {"checkpoint": "world:people/embedder.safetensors", "detector": "world:people/detector.safetensors"}
+TINY_ARGS: Mapping[str, Mapping[str, Any]] = {
+    "csd": {"checkpoint": "world:csd.safetensors"},
+    **dict.fromkeys(("matching", "identity", "id_sim", "id_conf", "face_count"), _FACES),
+}
 """Arguments of bundled rewards that need weights, as the bundled experiments have them, which no wheel carries."""
 BATCH_SIZE, BATCH_PIXELS = 8, 32_000_000
 """Pictures scored at once, fewer where they are so large that they have more pixels together."""
@@ -61,6 +65,7 @@ def run(
     experiment: Path | None = None,
     flavor: str | None = None,
     as_json: bool = False,
+    explain: Path | None = None,
 ) -> None:
     """Score pictures and print a table or JSON. Unreadable ones are named on stderr, counted and left without score.
 
@@ -74,6 +79,7 @@ def run(
         experiment: experiment file or run folder, where rewards have their arguments from.
         flavor: of the experiment.
         as_json: print one JSON document in place of a table.
+        explain: PNG file to draw what an identity reward matched.
 
     Raises:
         UserError: no reward, an unknown or unfit one, an unreadable reference, or no picture that can be read.
@@ -88,10 +94,14 @@ def run(
         example = common.request(prompt, content=content, style=style, identity=identity)
         paths = expand(pictures)
         made = {name: _make(name, plugin) for name, plugin in plan.items()}
+        explainer = None if explain is None else faces.explainer(made, explain, example)
         rows = [row for batch in _batches(paths) for row in _score(batch, made, example)]
     unread = [row for row in rows if row.error is not None]
     if len(unread) == len(rows):
         raise UserError(f"none of the {len(rows)} pictures could be read")
+    if explain is not None:
+        read = [Path(row.path) for row in rows if row.error is None]
+        _note(f"matched faces: {faces.save(explainer, read, example, explain)}")
     for name in plan:
         if all(row.scores[name] is None for row in rows):
             _note(f"{name} applies to none of the pictures; does it need --style, --content, --identity or --prompt?")
@@ -155,33 +165,6 @@ def split(given: Sequence[str], names: Sequence[str]) -> tuple[dict[str, dict[st
                 raise ConfigError(f"'{text}': another argument has given '{part}' a value of its own")
         place[parts[-1]] = strict_yaml.load(written, f"'{text}'")[0]
     return arguments, pictures
-
-
-def expand(given: Sequence[str]) -> list[Path]:
-    """Picture files: of a folder those directly in it, of a pattern (`*`, `**`, `?`) what it matches, both sorted.
-
-    A name that is not there stays, and is reported with the pictures that cannot be read.
-
-    Raises:
-        ConfigError: nothing is given, or a folder or pattern without pictures.
-    """
-    if not given:
-        raise ConfigError("name at least one picture, folder or pattern to score")
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in KINDS}
-    found: list[Path] = []
-    for text in given:
-        path = Path(text).expanduser()
-        if path.is_dir():
-            inside = [p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
-            matched = sorted(p for p in inside if p.is_file())
-        elif glob.has_magic(text) and not path.exists():
-            matched = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-        else:
-            matched = [path]
-        if not matched:
-            raise ConfigError(f"{text}: {'the folder holds no pictures' if path.is_dir() else 'matches no files'}")
-        found += matched
-    return found
 
 
 def render(rows: Sequence[Row], names: Sequence[str]) -> str:

@@ -86,7 +86,7 @@ def _paste(canvas: Image.Image, pictures: Sequence[Tensor], corner: tuple[int, i
     for place, picture in enumerate(pictures):
         row, column = divmod(place, side)
         height, width = cell[0] // side, cell[1] // side
-        fitted = _fit(_to_image(picture), (height, width))
+        fitted = _fit(to_image(picture), (height, width))
         x = corner[0] + column * width + (width - fitted.width) // 2
         y = corner[1] + row * height + (height - fitted.height) // 2
         canvas.paste(fitted, (x, y))
@@ -98,7 +98,8 @@ def _fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.resize((max(round(picture.width * factor), 1), max(round(picture.height * factor), 1)), filtering)
 
 
-def _to_image(picture_3HW: Tensor) -> Image.Image:
+def to_image(picture_3HW: Tensor) -> Image.Image:
+    """A picture [3, H, W] in [0, 1] as 8-bit RGB; what is no number is black."""
     values = picture_3HW.detach().float().cpu().nan_to_num().clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 

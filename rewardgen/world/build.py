@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardgen.errors import ConfigError, nearest
-from rewardgen.world import scenes
+from rewardgen.world import faces, people, scenes
 from rewardgen.world.recipes.training import Recipe
 
 ASSETS = Path(__file__).parent / "assets"
@@ -24,19 +24,22 @@ ASSETS = Path(__file__).parent / "assets"
 class Piece:
     """A part of the world: its recipe, the pieces it is made from, its files, and the function that makes it.
 
-    `make(folder, steps_factor)` writes `files` below `folder` and returns held-out figures.
+    `make(folder, steps_factor)` writes `files` below `folder` and returns held-out figures. `generator` is the version
+    of the pictures it learns from.
     """
 
     recipes: tuple[Recipe, ...]
     needs: tuple[str, ...]
     files: tuple[str, ...]
     make: Callable[[Path, float], dict[str, float]]
+    generator: str = scenes.VERSION
 
 
 def pieces() -> dict[str, Piece]:
     """All pieces in the order they are made. Imports torch and transformers, so it is a function."""
-    from rewardgen.world.recipes import base, csd, encoders, reader, vae
+    from rewardgen.world.recipes import base, csd, detector, embedder, encoders, people_vae, reader, vae
 
+    drawn = f"{people.VERSION}.{faces.VERSION}"
     return {
         "vae": Piece(vae.ROUNDS, (), ("base/vae",), vae.build),
         "encoders": Piece(
@@ -48,6 +51,9 @@ def pieces() -> dict[str, Piece]:
         "reader": Piece((reader.RECIPE,), ("vae",), ("reader.safetensors",), reader.build),
         "base": Piece(base.STAGES, ("vae", "encoders"), ("base/transformer", "uso"), base.build),
         "csd": Piece(csd.ROUNDS, ("vae", "base"), ("csd.safetensors",), csd.build),
+        "people_vae": Piece((people_vae.RECIPE,), ("vae",), (people_vae.FOLDER,), people_vae.build, drawn),
+        "detector": Piece((detector.RECIPE,), ("people_vae",), (detector.FILE,), detector.build, drawn),
+        "embedder": Piece((embedder.RECIPE,), ("people_vae",), (embedder.FILE,), embedder.build, drawn),
     }
 
 
@@ -101,7 +107,7 @@ def _entry(piece: Piece, folder: Path, steps_factor: float) -> dict[str, Any]:
     manifest = _manifest(folder)
     return {
         "recipes": [asdict(recipe) for recipe in piece.recipes],
-        "generator": scenes.VERSION,
+        "generator": piece.generator,
         "needs": {need: manifest.get(need, {}).get("files") for need in piece.needs},
         "files": file_hashes(folder, piece.files),
         "steps_factor": steps_factor,

@@ -103,7 +103,9 @@ def backgrounds(n: int, seed: int, side: int) -> tuple[Tensor, list[str]]:
     for _ in range(3):
         middle, radius = 2 * torch.rand(n, 2, 1, 1, generator=rng) - 1, 0.1 + 0.3 * torch.rand(n, 1, 1, generator=rng)
         disc = ((radius - ((x - middle[:, 0]) ** 2 + (y - middle[:, 1]) ** 2).sqrt()) * side / 2 + 0.5).clamp(0, 1)
-        hue = hsv_to_rgb(torch.rand(n, 3, generator=rng) * torch.tensor([1.0, 0.6, 0.6]) + torch.tensor([0.0, 0.0, 0.3]))
+        hue = hsv_to_rgb(
+            torch.rand(n, 3, generator=rng) * torch.tensor([1.0, 0.6, 0.6]) + torch.tensor([0.0, 0.0, 0.3])
+        )
         picture = torch.lerp(picture, hue[:, :, None, None], 0.35 * disc[:, None])
     return picture.clamp(0, 1), [list(BACKGROUNDS)[i] for i in which.tolist()]
 
@@ -243,7 +245,9 @@ class _Painter:
             ring = self._ellipse(x, y, 0.25, 0.23).abs() - 0.035
             self._cover(dark, ring, only=self.people.glasses_M)
         (left, y), (right, _) = eyes
-        bridge = torch.maximum((self.v - y).abs() - 0.035, (self.u - (left + right) / 2).abs() - (right - left) / 2 + 0.25)
+        bridge = torch.maximum(
+            (self.v - y).abs() - 0.035, (self.u - (left + right) / 2).abs() - (right - left) / 2 + 0.25
+        )
         self._cover(dark, bridge, only=self.people.glasses_M)
 
     # -- geometry --

@@ -95,7 +95,7 @@ def load_centre_detector(path: str | Path, *, confidence: float = 0.5, overlap: 
     """Read a detector in float32 on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or a tensor is missing, unknown, of another shape or not finite.
+        CheckpointError: the file is missing or damaged; a tensor is missing, unknown, of another shape or not finite.
     """
     path = Path(path)
     if not path.is_file():

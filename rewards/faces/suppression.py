@@ -1,4 +1,4 @@
-"""From many guesses to faces: the confident ones, each face once. Suffixes: P guesses, N faces, 4 = (x1, y1, x2, y2)."""
+"""From many guesses to faces: the confident ones, each once. Suffixes: P guesses, N faces, 4 = (x1, y1, x2, y2)."""
 
 from __future__ import annotations
 

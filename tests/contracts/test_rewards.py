@@ -14,7 +14,10 @@ import rewardgen.rewards
 from rewardgen.reward import Reward, check_reward
 from rewardgen.rewards.brightness import Brightness
 from rewardgen.rewards.csd import CsdConfig, CsdModel, CsdReward
+from rewardgen.rewards.face_count import FaceCountReward
 from rewardgen.rewards.faces.encoder import FaceEncoder
+from rewardgen.rewards.id_conf import IdConfReward
+from rewardgen.rewards.id_sim import IdSimReward
 from rewardgen.rewards.identity import IdentityReward
 from rewardgen.rewards.matching import MatchingReward
 from tests.toy_faces import CROP, TwoPlaces, tiny_iresnet
@@ -35,6 +38,10 @@ TINY: dict[str, Callable[[], Reward]] = {
     "csd": tiny_csd,
     "csd, 8 bit": lambda: tiny_csd(round_8bit=True),
     "identity": lambda: IdentityReward(tiny_faces()),
+    "id_sim": lambda: IdSimReward(tiny_faces()),
+    "id_conf": lambda: IdConfReward(tiny_faces()),
+    "face_count": lambda: FaceCountReward(tiny_faces()),
+    "face_count, missing": lambda: FaceCountReward(tiny_faces(), count="missing"),
     "matching": lambda: MatchingReward(tiny_faces()),
     "matching, options": lambda: MatchingReward(tiny_faces(), normalise="matches", floor=0.0, miss=0.5, extra=0.5),
 }

@@ -165,9 +165,7 @@ def load(folder: Path) -> CentreDetector:
 def build(folder: Path, steps_factor: float) -> dict[str, float]:
     """Train, save, and report on autoencoded groups of six held-out people and on their portraits."""
     vae, few = people_vae.load(folder), min(1.0, steps_factor)
-    lessons = [
-        rebuilt(make(max(12, round(GROUPS * few)), RECIPE.seed), vae, REBUILT) for make in (groups, alone)
-    ]
+    lessons = [rebuilt(make(max(12, round(GROUPS * few)), RECIPE.seed), vae, REBUILT) for make in (groups, alone)]
     torch.manual_seed(RECIPE.seed)
     model = CentreDetector()
     train(model, lessons, RECIPE.scaled(steps_factor))

@@ -1,0 +1,108 @@
+"""The identity world as a dataset: portraits of one to six people, and a picture in which all of them appear."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rewardgen.errors import ConfigError
+from rewardgen.types import Example
+from rewardgen.world.faces import MAX_PEOPLE, draw_groups, portraits
+from rewardgen.world.people import People, draw_people
+from rewardgen.world.scenes import Split
+
+_SEEDS = {"train": 3_000_000, "held_out": 4_000_000}
+LOOKALIKES = 0.4
+"""Share of the people in training targets whose identity was not kept, as in the synthetic data of multi-reference
+models."""
+
+
+class TinyPeople:
+    """`size` examples: portraits (`identity_refs`), a prompt that says which places are taken but not who takes them,
+    and a target with everybody in other poses, lights and clothes.
+
+    Identities of `held_out` never occur in `train` (see `people.draw_people`); within a split each occurs once.
+    Training targets are imperfect: some people in them are only look-alikes (`lookalikes`). Held-out targets are true.
+    `extras` hold the true picture (`truth` [3, 96, 96]) and the places taken (`places` [6], bool).
+
+    Args:
+        split: "train" or "held_out".
+        size: number of examples.
+        seed: of the identities and pictures.
+        people: how many in each picture; None draws one to six.
+        clean_targets: whether targets are true; by default those of `held_out` are.
+
+    Raises:
+        ConfigError: no such split, no examples, or more than six people.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 1024,
+        seed: int = 0,
+        people: int | None = None,
+        clean_targets: bool | None = None,
+    ) -> None:
+        if split not in _SEEDS:
+            raise ConfigError(f"split: '{split}' is neither 'train' nor 'held_out'")
+        if size < 1:
+            raise ConfigError(f"size: {size} examples; at least 1 is needed")
+        if people is not None and not 1 <= people <= MAX_PEOPLE:
+            raise ConfigError(f"people: {people}; a picture has 1 to {MAX_PEOPLE}")
+        which: Split = "train" if split == "train" else "held_out"
+        base = _SEEDS[split] + 10_000 * seed
+        self.split = split
+        rng = torch.Generator().manual_seed(base + 3)
+        count_N = torch.randint(people or 1, (people or MAX_PEOPLE) + 1, (size,), generator=rng)
+        present_NK = torch.arange(MAX_PEOPLE) < count_N[:, None]
+        self._who_NK = torch.full((size, MAX_PEOPLE), -1)
+        self._who_NK[present_NK] = torch.arange(int(count_N.sum()))
+        wanted = draw_people(int(count_N.sum()), base, which)
+        self._portraits = _bytes(portraits(wanted, base + 10)[0])
+        truth, known, self._prompts = draw_groups(wanted, self._who_NK, base + 20)
+        self._truth = _bytes(truth)
+        self._places = (known.place_NK[:, :, None] == torch.arange(MAX_PEOPLE)).any(1)
+        clean = split == "held_out" if clean_targets is None else clean_targets
+        others = draw_people(len(wanted), base + 4, which)
+        spoiled = wanted if clean else lookalikes(wanted, others, LOOKALIKES, base + 5)
+        self._target = self._truth if clean else _bytes(draw_groups(spoiled, self._who_NK, base + 20)[0])
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Example:
+        who_K = self._who_NK[index]
+        return Example(
+            id=f"people-{self.split}-{index:06d}",
+            prompt=self._prompts[index],
+            identity_refs=tuple(self._portraits[row] / 255 for row in who_K[who_K >= 0].tolist()),
+            target=self._target[index] / 255,
+            extras={"truth": self._truth[index] / 255, "places": self._places[index]},
+        )
+
+
+def lookalikes(people: People, others: People, share: float, seed: int) -> People:
+    """Replace a `share` of the people by somebody like them: skin and hair halfway to another's, half of the other
+    traits the other's own."""
+    rng = torch.Generator().manual_seed(seed)
+    n = len(people)
+    chosen = torch.rand(n, generator=rng) < share
+    half = 0.5 * chosen[:, None].float()
+    trait = chosen[:, None] & (torch.rand(n, people.shape_MS.shape[1], generator=rng) < 0.5)
+    style, beard, glasses = (chosen & (torch.rand(n, generator=rng) < 0.3) for _ in range(3))
+    return replace(
+        people,
+        skin_M3=torch.lerp(people.skin_M3, others.skin_M3, half),
+        hair_M3=torch.lerp(people.hair_M3, others.hair_M3, half),
+        style_M=torch.where(style, others.style_M, people.style_M),
+        beard_M=torch.where(beard, others.beard_M, people.beard_M),
+        glasses_M=torch.where(glasses, others.glasses_M, people.glasses_M),
+        shape_MS=torch.where(trait, others.shape_MS, people.shape_MS),
+    )
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    return (pixels * 255).round().to(torch.uint8)
