@@ -37,7 +37,7 @@ class Piece:
 
 def pieces() -> dict[str, Piece]:
     """All pieces in the order they are made. Imports torch and transformers, so it is a function."""
-    from rewardgen.world.recipes import base, csd, detector, embedder, encoders, people_vae, reader, vae
+    from rewardgen.world.recipes import base, csd, detector, embedder, encoders, people_vae, reader, uno_base, vae
 
     drawn = f"{people.VERSION}.{faces.VERSION}"
     return {
@@ -54,6 +54,13 @@ def pieces() -> dict[str, Piece]:
         "people_vae": Piece((people_vae.RECIPE,), ("vae",), (people_vae.FOLDER,), people_vae.build, drawn),
         "detector": Piece((detector.RECIPE,), ("people_vae",), (detector.FILE,), detector.build, drawn),
         "embedder": Piece((embedder.RECIPE,), ("people_vae",), (embedder.FILE,), embedder.build, drawn),
+        "uno": Piece(
+            (uno_base.RECIPE,),
+            ("base", "encoders", "people_vae", "detector", "embedder"),
+            tuple(f"{uno_base.FOLDER}/{name}" for name in ("transformer", *uno_base.COPIED)),
+            uno_base.build,
+            drawn,
+        ),
     }
 
 

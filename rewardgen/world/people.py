@@ -62,7 +62,8 @@ LOOK = {
 
 @dataclass(frozen=True)
 class People:
-    """Identities. Colours are RGB in [0, 1]; `shape_MS` holds the traits of `SHAPE` in its order."""
+    """Identities. Colours are RGB in [0, 1]; `tone_M2` says which of `SKINS` and of `HAIR_COLOURS` they are near;
+    `shape_MS` holds the traits of `SHAPE` in its order."""
 
     skin_M3: Tensor
     hair_M3: Tensor
@@ -70,6 +71,7 @@ class People:
     style_M: Tensor
     beard_M: Tensor
     glasses_M: Tensor
+    tone_M2: Tensor
     shape_MS: Tensor
 
     def __len__(self) -> int:
@@ -107,13 +109,19 @@ def draw_people(n: int, seed: int, split: Split | None = None) -> People:
     kept: list[People] = []
     have = 0
     while have < n:
-        batch, keys = _any_people(n if split is None else 2 * n if split == "train" else 16 * n, rng)
-        held = torch.tensor([hashlib.blake2b(key.encode(), digest_size=1).digest()[0] < 26 for key in keys])
+        batch = _any_people(n if split is None else 2 * n if split == "train" else 16 * n, rng)
+        held = torch.tensor([hashlib.blake2b(key.encode(), digest_size=1).digest()[0] < 26 for key in kinds(batch)])
         chosen = torch.ones_like(held) if split is None else held if split == "held_out" else ~held
         kept.append(take(batch, chosen))
         have += len(kept[-1])
     joined = People(**{f.name: torch.cat([getattr(part, f.name) for part in kept]) for f in fields(People)})
     return take(joined, torch.arange(n))
+
+
+def kinds(people: People) -> list[str]:
+    """The combination of hair, beard, glasses and the two tones of each, by which the splits are told apart."""
+    columns = (people.style_M, people.beard_M, people.glasses_M.long(), *people.tone_M2.unbind(1))
+    return ["-".join(map(str, row)) for row in torch.stack(columns, 1).tolist()]
 
 
 def draw_looks(n: int, seed: int) -> Looks:
@@ -122,7 +130,7 @@ def draw_looks(n: int, seed: int) -> Looks:
     return Looks(pose_ML=_uniform(LOOK, n, rng), clothes_M3=0.1 + 0.8 * torch.rand(n, 3, generator=rng))
 
 
-def _any_people(n: int, rng: torch.Generator) -> tuple[People, list[str]]:
+def _any_people(n: int, rng: torch.Generator) -> People:
     def pick(choices: int) -> Tensor:
         return torch.randint(choices, (n,), generator=rng)
 
@@ -134,17 +142,16 @@ def _any_people(n: int, rng: torch.Generator) -> tuple[People, list[str]]:
     style, beard, glasses = pick(len(HAIR)), pick(len(BEARDS)), torch.rand(n, generator=rng) < 0.25
     beard[torch.rand(n, generator=rng) < 0.4] = 0
     skin, hair, iris = pick(len(SKINS)), pick(len(HAIR_COLOURS)), pick(len(IRISES))
-    people = People(
+    return People(
         skin_M3=near(SKINS, skin, 0.06),
         hair_M3=near(HAIR_COLOURS, hair, 0.15),
         iris_M3=near(IRISES, iris, 0.15),
         style_M=style,
         beard_M=beard,
         glasses_M=glasses,
+        tone_M2=torch.stack([skin, hair], 1),
         shape_MS=_uniform(SHAPE, n, rng),
     )
-    columns = (style, hair, beard, glasses.long(), skin)
-    return people, ["-".join(map(str, row)) for row in torch.stack(columns, 1).tolist()]
 
 
 def _uniform(ranges: dict[str, tuple[float, float]], n: int, rng: torch.Generator) -> Tensor:
