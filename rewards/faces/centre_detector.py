@@ -54,7 +54,8 @@ class CentreDetector(nn.Module, FaceDetector):
         return outputs_BGYX
 
     def detect(self, pixels_B3HW: Tensor, known: Sequence[Tensor | None]) -> list[Faces]:
-        outputs_BGYX = self(pixels_B3HW.to(self.head.weight)).float()
+        with torch.no_grad():
+            outputs_BGYX = self(pixels_B3HW.to(self.head.weight)).float()
         score_B1YX = outputs_BGYX[:, :1].sigmoid()
         # Only the best cell of each neighbourhood speaks.
         peak_B1YX = score_B1YX * (score_B1YX == F.max_pool2d(score_B1YX, 3, 1, 1))
