@@ -20,6 +20,7 @@ from rewardgen.distributed import Processes, launched
 from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
 from rewardgen.evaluation.evaluate import Evaluation, evaluate
+from rewardgen.evaluation.faces_grid import save_faces_grid
 from rewardgen.evaluation.grid import save_grid
 from rewardgen.evaluation.score import target_scores
 from rewardgen.fleet.inline import InlinePool
@@ -275,8 +276,10 @@ def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Eva
     (folder / "comparison.md").write_text(render_markdown(comparison), encoding="utf-8")
     console.print(render_table(comparison))
     if experiment.evaluation.grid_examples:
-        grid = save_grid(folder / "grid.png", parts.held_out[: experiment.evaluation.grid_examples], base, trained)
-        console.print(f"pictures: {grid}")
+        shown = parts.held_out[: experiment.evaluation.grid_examples]
+        console.print(f"pictures: {save_grid(folder / 'grid.png', shown, base, trained)}")
+        if faces := save_faces_grid(folder / "faces.png", shown, base, trained, parts.metrics):
+            console.print(f"matched faces: {faces}")
     console.print(f"weights: {', '.join(str(path) for path in weights.values())}")
 
 

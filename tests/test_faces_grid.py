@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from rewardgen.cli import main
+from rewardgen.evaluation.evaluate import Evaluation
 from rewardgen.evaluation.faces_grid import (
     BLIND,
     COLUMN,
@@ -19,9 +20,11 @@ from rewardgen.evaluation.faces_grid import (
     Verdict,
     draw_matches,
     judge,
+    save_faces_grid,
     stack,
 )
 from rewardgen.evaluation.grid import GAP, HEADER
+from rewardgen.rewards.brightness import Brightness
 from rewardgen.rewards.identity import IdentityReward
 from rewardgen.rewards.matching import MatchingReward
 from rewardgen.types import Example, FaceMatches
@@ -116,6 +119,31 @@ def test_rewards_explain_what_they_matched(reward: MatchingReward | IdentityRewa
     assert bool((found.reference_boxes_M4 >= 0).all() and (found.reference_boxes_M4 <= last).all())
     seen = reward.faces.compare(picture[None], [example], one_each=False)
     torch.testing.assert_close(found.cosine_MN, (seen.wanted[0] @ seen.drawn[0].T).float())
+
+
+def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
+    picture, example = pictures()
+    nobody = Example(id="nobody")
+    base, trained = (
+        Evaluation(example_ids=("a", "nobody"), scores={}, pixels_K3HW=torch.stack([first, picture]).float())
+        for first in (picture, torch.zeros_like(picture))
+    )
+    metrics = {"brightness": Brightness(), "people": MatchingReward(linear_encoder())}
+    path = save_faces_grid(tmp_path / "faces.png", [example, nobody], base, trained, metrics)
+    assert path == tmp_path / "faces.png"
+    with Image.open(path) as page:
+        single = draw_matches(picture, example.identity_refs, metrics["people"].explain(picture[None], [example])[0])
+        assert page.size == (2 * single.width, single.height)
+        left, right = (
+            page.convert("RGB").crop((0, 0, *single.size)),
+            page.convert("RGB").crop((single.width, 0, *page.size)),
+        )
+    assert has(left, (127, 127, 127)) or has(left, (128, 128, 128))  # the scene's grey, which black has not
+    assert not has(right, (128, 128, 128))
+    nothing = tmp_path / "nothing.png"
+    assert save_faces_grid(nothing, [nobody], base, trained, metrics) is None
+    assert save_faces_grid(nothing, [example], base, trained, {"brightness": Brightness()}) is None
+    assert not nothing.exists()
 
 
 REWARD = """

@@ -87,7 +87,7 @@ def test_a_look_changes_the_picture_and_light_only_the_brightness() -> None:
     people = take(draw_people(1, 7), torch.zeros(4, dtype=torch.long))
     pose = torch.cat([neutral(1, **values).pose_ML for values in ({}, {"gain": 0.85}, {"smile": 1.0}, {"pitch": 0.15})])
     pictures, landmarks, _ = large(people, Looks(pose_ML=pose, clothes_M3=torch.ones(4, 3)))
-    plain, dark, smiling, nodding = pictures
+    plain, dark, smiling, _ = pictures
     covered = (plain - 0.5).abs().sum(0) > 1e-4
     ratio = (dark / plain)[:, covered & (plain < 0.999).all(0)]
     assert float(ratio.median()) == pytest.approx(0.85, abs=1e-3)

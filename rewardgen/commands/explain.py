@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rewardgen.data.images import load_image
 from rewardgen.errors import ConfigError
-from rewardgen.evaluation.faces_grid import draw_matches, stack
+from rewardgen.evaluation.faces_grid import explained, stack
 from rewardgen.reward import Reward
 from rewardgen.types import Example
 
@@ -38,12 +36,7 @@ def explainer(rewards: Mapping[str, Reward], path: Path, example: Example) -> An
 
 def save(reward: Any, pictures: Sequence[Path], example: Example, path: Path) -> Path:
     """Draw the matched faces of each picture, one below the other, and write the file; returns its path."""
-    pages = []
-    for name in pictures[:MOST]:
-        picture = load_image(name)
-        device = next((tensor.device for tensor in reward.parameters()), torch.device("cpu"))
-        found = reward.explain(picture[None].to(device), [example])[0]
-        pages.append([draw_matches(picture, example.identity_refs, found, name.name)])
+    pages = [[explained(reward, load_image(name), example, name.name)] for name in pictures[:MOST]]
     try:
         stack(pages).save(path, format="PNG")
     except OSError as error:

@@ -8,14 +8,20 @@ face was found.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rewardgen.evaluation.grid import BACKGROUND, GAP, HEADER, INK, to_image
-from rewardgen.types import FaceMatches
+from rewardgen.evaluation.evaluate import Evaluation
+from rewardgen.evaluation.grid import BACKGROUND, GAP, HEADER, INK, picture_of, to_image
+from rewardgen.reward import Reward
+from rewardgen.types import Example, FaceMatches
 
 MATCH, FAULT, NOBODY, BLIND = (90, 220, 120), (240, 80, 70), (250, 200, 60), (110, 130, 170)
 COLUMN = 96
@@ -105,6 +111,41 @@ def draw_matches(picture_3HW: Tensor, references: Sequence[Tensor], found: FaceM
     for m, box in enumerate(people):
         _label(draw, (box[0], box[3] - 12), str(m + 1), INK)
     return canvas
+
+
+def save_faces_grid(
+    path: Path, examples: Sequence[Example], base: Evaluation, trained: Evaluation, metrics: Mapping[str, Reward]
+) -> Path | None:
+    """Write the matched faces of each example before and after training, side by side, as a PNG file.
+
+    Args:
+        path: of the file to write; its folder exists.
+        examples: to show; both evaluations kept their pictures. Those without identity references are left out.
+        base: evaluation before training.
+        trained: evaluation after it, with the same seed.
+        metrics: the first that can `explain` itself says who was matched to whom.
+
+    Returns:
+        The path, or None where no metric can explain itself or no example has identity references.
+    """
+    able = next((metric for metric in metrics.values() if hasattr(metric, "explain")), None)
+    people = [example for example in examples if example.identity_refs]
+    if able is None or not people:
+        return None
+    columns = {"base": base, "trained": trained}
+    pages = [
+        [explained(able, picture_of(columns[title], example.id), example, title) for title in columns]
+        for example in people
+    ]
+    stack(pages).save(path, format="PNG")
+    return path
+
+
+def explained(reward: Any, picture_3HW: Tensor, example: Example, title: str) -> Image.Image:
+    """One picture drawn with what a reward that can `explain` itself saw in it."""
+    own = next((tensor.device for tensor in chain(reward.parameters(), reward.buffers())), torch.device("cpu"))
+    found = reward.explain(picture_3HW[None].to(own), [example])[0]
+    return draw_matches(picture_3HW, example.identity_refs, found, title)
 
 
 def stack(pages: Sequence[Sequence[Image.Image]]) -> Image.Image:

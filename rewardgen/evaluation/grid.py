@@ -36,8 +36,8 @@ def save_grid(path: Path, examples: Sequence[Example], base: Evaluation, trained
         "content": [example.content_refs for example in examples],
         "style": [example.style_refs for example in examples],
         "identity": [example.identity_refs for example in examples],
-        "base": [(_picture_of(base, example.id),) for example in examples],
-        "trained": [(_picture_of(trained, example.id),) for example in examples],
+        "base": [(picture_of(base, example.id),) for example in examples],
+        "trained": [(picture_of(trained, example.id),) for example in examples],
         "target": [() if example.target is None else (example.target,) for example in examples],
     }
     # References that no example has get no column; what was drawn always has one.
@@ -104,7 +104,8 @@ def to_image(picture_3HW: Tensor) -> Image.Image:
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
-def _picture_of(evaluation: Evaluation, name: str) -> Tensor:
+def picture_of(evaluation: Evaluation, name: str) -> Tensor:
+    """The picture that an evaluation kept of an example. Raises UserError where it kept none."""
     kept = evaluation.pixels_K3HW
     known = evaluation.example_ids[: 0 if kept is None else len(kept)]
     if kept is None or name not in known:
