@@ -56,7 +56,9 @@ CheckpointFolder = Annotated[
 ]
 Explain = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--explain", metavar="PNG", help="Draw which face an identity reward matched to which reference."),
+    typer.Option(
+        "--explain", metavar="PNG", help="Draw who was matched to which reference.", show_default="no drawing"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of text.")]
 

@@ -43,6 +43,7 @@ class CentreDetector(nn.Module, FaceDetector):
         self.stem = nn.Sequential(_convolution(3, width // 2, stride=2), _convolution(width // 2, width, stride=2))
         self.blocks = nn.ModuleList(_convolution(width, width, dilation=dilation) for dilation in DILATIONS)
         self.head = nn.Conv2d(width, OUTPUTS, 1)
+        assert self.head.bias is not None  # for the type checker
         nn.init.constant_(self.head.bias[:1], -4.0)  # most cells hold no face
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
@@ -61,9 +62,10 @@ class CentreDetector(nn.Module, FaceDetector):
         peak_B1YX = score_B1YX * (score_B1YX == F.max_pool2d(score_B1YX, 3, 1, 1))
         rows, columns = outputs_BGYX.shape[2:]
         boxes_BP4, landmarks_BP52 = decode(outputs_BGYX.flatten(2).mT, cells(rows, columns).to(outputs_BGYX))
+        found = zip(peak_B1YX.flatten(1).cpu(), boxes_BP4.cpu(), landmarks_BP52.cpu(), strict=True)
         return [
-            confident(*(column.cpu() for column in found), self.confidence, self.overlap)
-            for found in zip(peak_B1YX.flatten(1), boxes_BP4, landmarks_BP52, strict=True)
+            confident(score_P, boxes_P4, landmarks_P52, self.confidence, self.overlap)
+            for score_P, boxes_P4, landmarks_P52 in found
         ]
 
 

@@ -109,7 +109,8 @@ def detection_loss(model: CentreDetector, lesson: Lesson) -> Tensor:
     n, k, p = (far_NKP < 2.5).nonzero(as_tuple=True)
     wanted = encode(boxes_NK4[n, k], lesson.landmarks_NK52[n, k], middle_P2[p])
     found = outputs_NGYX.flatten(2).mT[n, p, 1:]
-    return focal + 4 * (found - wanted).abs().mean()
+    value: Tensor = focal + 4 * (found - wanted).abs().mean()
+    return value
 
 
 def train(model: CentreDetector, lessons: Sequence[Lesson], steps: int, batch: int = RECIPE.batch) -> list[float]:

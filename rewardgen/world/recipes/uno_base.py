@@ -115,7 +115,7 @@ def draw(policy: UnoPolicy, examples: Sequence[Example], num_steps: int = 8) -> 
 def identity_figures(folder: Path, policy: UnoPolicy, pictures: int = 16) -> dict[str, float]:
     """ID-Sim, ID-Conf and its coverage on groups of 2, 4 and 6 held-out people."""
     encoder = FaceEncoder(detector.load(folder), embedder.load(folder), crop_size=embedder.CONFIG.image_size)
-    figures = {}
+    figures: dict[str, float] = {}
     for people in (2, 4, 6):
         world = TinyPeople("held_out", pictures, seed=1, people=people)
         examples = [world[i] for i in range(pictures)]
