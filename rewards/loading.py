@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def read_tensors(
     Raises:
         CheckpointError: the file is missing, damaged or holds code, or no tensors by name.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         if not path.is_file():
             raise CheckpointError(f"{what} {path} {'is no file' if path.exists() else 'does not exist'}")
@@ -106,15 +108,16 @@ def load_pretrained(kind: Any, source: str, **options: Any) -> Any:
     Raises:
         CheckpointError: the folder is missing, or the library cannot make a `kind` of it; with its first line.
     """
-    place = Path(source).expanduser()
-    if source.startswith(("./", "../", "/", "~")) and not place.exists():
+    place = os.path.expanduser(source)
+    there = os.path.exists(place)
+    if not there and source.startswith(("./", "../", "/", "~")):
         raise CheckpointError(f"{place} does not exist; a {kind.__name__} was to be read from it")
     try:
         # An existing folder comes before a hub repository of that name.
-        return kind.from_pretrained(str(place) if place.exists() else source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{source}: cannot load a {kind.__name__} from it ({reason})") from error
+        return kind.from_pretrained(place if there else source, **options)
+    except Exception as error:  # of JSON, of tensors, of pickles, of the network: there is no common one
+        reason = _why(error) or f": {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        raise CheckpointError(f"{source}: cannot load a {kind.__name__} from it{reason}") from error
 
 
 def load_model(kind: Any, source: str, **options: Any) -> Any:
@@ -124,7 +127,8 @@ def load_model(kind: Any, source: str, **options: Any) -> Any:
         CheckpointError: as `load_pretrained`, or a tensor is missing or not finite.
     """
     options = {"dtype": torch.float32, "weights_only": True, **options}
-    model, info = load_pretrained(kind, source, output_loading_info=True, **options)
+    with _quietly():
+        model, info = load_pretrained(kind, source, output_loading_info=True, **options)
     return _whole(model, info, source)
 
 
@@ -135,10 +139,10 @@ def model_from(kind: Any, config: Any, tensors: Mapping[str, Tensor], what: str,
         CheckpointError: a tensor is missing, unknown, of another shape or not finite.
     """
     check_values(what, tensors)
+    options = {"dtype": torch.float32, "output_loading_info": True, **options}
     try:
-        model, info = kind.from_pretrained(
-            None, config=config, state_dict=dict(tensors), output_loading_info=True, dtype=torch.float32, **options
-        )
+        with _quietly():
+            model, info = kind.from_pretrained(None, config=config, state_dict=dict(tensors), **options)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{what} does not fit a {kind.__name__} ({str(error).strip().splitlines()[0]})"
@@ -146,6 +150,19 @@ def model_from(kind: Any, config: Any, tensors: Mapping[str, Tensor], what: str,
     if unknown := sorted(info["unexpected_keys"]):
         raise CheckpointError(f"{what} holds the unknown tensor '{unknown[0]}'")
     return _whole(model, info, what)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the library's table of tensors that it has no use for; `_whole` looks at what matters."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _whole(model: Any, info: Mapping[str, Any], what: str) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.toy_reward_models import clip_processor, dino_processor, dinov2_processor, photo, siglip_processor, to_tensor
 
 from rewardgen.errors import CheckpointError
 from rewardgen.rewards.image_processor import ImageProcessor, load_image_processor
+from tests.toy_reward_models import clip_processor, dino_processor, dinov2_processor, photo, siglip_processor, to_tensor
 
 RELEASED: dict[str, Any] = {
     "CLIP": clip_processor(),
