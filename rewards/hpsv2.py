@@ -100,7 +100,7 @@ def load_hpsv2(checkpoint: str) -> CLIPModel:
 def _infer_config(what: str, tensors: Mapping[str, Tensor]) -> CLIPConfig:
     from transformers import CLIPConfig
 
-    width, _, patch_size, _ = size_of(what, tensors, "visual.conv1.weight", 4)
+    width, _, patch_size, _ = size_of(what, tensors, "visual.conv1.weight", 4, "a CLIP of open_clip")
     positions, _ = size_of(what, tensors, "visual.positional_embedding", 2)
     vocabulary, text_width = size_of(what, tensors, "token_embedding.weight", 2)
     max_tokens, _ = size_of(what, tensors, "positional_embedding", 2)

@@ -142,7 +142,7 @@ def _infer_configs(what: str, tensors: Mapping[str, Tensor]) -> tuple[BlipVision
     from transformers import BlipTextConfig, BlipVisionConfig
 
     seen, read = "blip.visual_encoder.", "blip.text_encoder."
-    width, _, patch_size, _ = size_of(what, tensors, f"{seen}patch_embed.proj.weight", 4)
+    width, _, patch_size, _ = size_of(what, tensors, f"{seen}patch_embed.proj.weight", 4, "ImageReward")
     _, positions, _ = size_of(what, tensors, f"{seen}pos_embed", 3)
     vocabulary, text_width = size_of(what, tensors, f"{read}embeddings.word_embeddings.weight", 2)
     max_tokens, _ = size_of(what, tensors, f"{read}embeddings.position_embeddings.weight", 2)

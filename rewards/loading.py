@@ -83,10 +83,18 @@ def check_values(what: str, found: Mapping[str, Tensor], *, counters: Sequence[s
             raise CheckpointError(f"{what}: '{name}' holds values that are not finite")
 
 
-def size_of(what: str, tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
-    """The shape of a tensor that tells a size; CheckpointError if it is missing, empty or of other dimensions."""
+def size_of(what: str, tensors: Mapping[str, Tensor], name: str, ndim: int, kind: str = "") -> tuple[int, ...]:
+    """The shape of a tensor that tells a size; CheckpointError if it is missing, empty or of other dimensions.
+
+    Args:
+        what: the file, for messages.
+        tensors: what it holds.
+        name: of the tensor.
+        ndim: its number of dimensions.
+        kind: of model that has such a tensor, asked about where it is missing ("an IResNet").
+    """
     if name not in tensors:
-        raise CheckpointError(f"{what} lacks the tensor '{name}'")
+        raise CheckpointError(f"{what} lacks the tensor '{name}'" + (f"; is it {kind}?" if kind else ""))
     if tensors[name].ndim != ndim:
         raise CheckpointError(f"{what}: '{name}' should have {ndim} dimensions")
     if not tensors[name].numel():

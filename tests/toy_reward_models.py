@@ -12,6 +12,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
@@ -76,11 +80,14 @@ def clip_processor(**options: Any) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(**{"size": {"shortest_edge": SIDE}, "crop_size": square, **options})
 
 
+def dino_model() -> ViTModel:
+    torch.manual_seed(0)
+    return _lively(ViTModel(ViTConfig(**_vit(), layer_norm_eps=1e-12), add_pooling_layer=False))
+
+
 def dino_folder(folder: Path) -> ViTModel:
     """As `facebook/dino-vits16`: no pooling layer, a square resize."""
-    torch.manual_seed(0)
-    config = ViTConfig(**_vit(), layer_norm_eps=1e-12)
-    model = _lively(ViTModel(config, add_pooling_layer=False))
+    model = dino_model()
     model.save_pretrained(folder)
     dino_processor().save_pretrained(folder)
     return model
@@ -104,12 +111,15 @@ def dinov2_processor() -> BitImageProcessorPil:
     return BitImageProcessorPil(size={"shortest_edge": SIDE * 8 // 7}, crop_size=square, resample=3, **IMAGENET)
 
 
-def siglip_folder(folder: Path) -> SiglipModel:
-    """As `google/siglip-so400m-patch14-384`: both towers in one file."""
+def siglip_model() -> SiglipModel:
     torch.manual_seed(0)
     text = {"vocab_size": 30, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = SiglipConfig(text_config={**text, "num_attention_heads": 2}, vision_config=_vit())
-    model = _lively(SiglipModel(config))
+    return _lively(SiglipModel(SiglipConfig(text_config={**text, "num_attention_heads": 2}, vision_config=_vit())))
+
+
+def siglip_folder(folder: Path) -> SiglipModel:
+    """As `google/siglip-so400m-patch14-384`: both towers in one file."""
+    model = siglip_model()
     model.save_pretrained(folder)
     siglip_processor().save_pretrained(folder)
     return model
@@ -117,6 +127,18 @@ def siglip_folder(folder: Path) -> SiglipModel:
 
 def siglip_processor() -> SiglipImageProcessorPil:
     return SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)
+
+
+def blip_vision() -> BlipVisionModel:
+    torch.manual_seed(0)
+    return _lively(BlipVisionModel(BlipVisionConfig(**_vit())))
+
+
+def blip_text() -> BlipTextModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "encoder_hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = BlipTextConfig(**sizes, num_attention_heads=2, vocab_size=len(bert_tokenizer()))
+    return _lively(BlipTextModel(config, add_pooling_layer=False))
 
 
 def photo(seed: int, height: int = 40, width: int = 56) -> Image.Image:

@@ -137,8 +137,8 @@ def iresnet_from(tensors: Mapping[str, Tensor], source: str) -> IResNet:
 
 def _infer_config(tensors: Mapping[str, Tensor], source: str) -> IResNetConfig:
     what = f"face network {source}"
-    widths = tuple(size_of(what, tensors, f"layer{stage}.0.conv1.weight", 4)[0] for stage in range(1, 5))
-    embedding_dim, flat = size_of(what, tensors, "fc.weight", 2)
+    widths = tuple(size_of(what, tensors, f"layer{stage}.0.conv1.weight", 4, "an IResNet")[0] for stage in range(1, 5))
+    embedding_dim, flat = size_of(what, tensors, "fc.weight", 2, "an IResNet")
     blocks = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in range(1, 5)]
     side = math.isqrt(flat // widths[-1])
     if side * side * widths[-1] != flat or not side:
