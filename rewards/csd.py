@@ -156,9 +156,8 @@ def load_csd(path: str | Path, *, heads: int | None = None) -> CsdModel:
             or `heads` is needed, impossible or contradicts the file.
     """
     path = Path(path)
-    found, metadata = read_tensors(
-        "CSD checkpoint", path, under="model_state_dict", plain=[argparse.Namespace]
-    )  # the released file also holds the training script's arguments, a plain bag of values
+    # The released file also holds the training script's arguments, a plain bag of values.
+    found, metadata = read_tensors("CSD checkpoint", path, under="model_state_dict", plain=[argparse.Namespace])
     what = f"CSD checkpoint {path}"
     tensors = without_prefix(what, found)
     config = _infer_config(tensors, _choose_heads(heads, _stated_heads(metadata, path), path), path)

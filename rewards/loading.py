@@ -111,7 +111,7 @@ def without_prefix(what: str, tensors: Mapping[str, Tensor], prefix: str = "modu
 
 
 def load_pretrained(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained` of a folder or a hub repository.
+    """`kind.from_pretrained` of a folder or a hub repository; code that lies in it is not run.
 
     Raises:
         CheckpointError: the folder is missing, or the library cannot make a `kind` of it; with its first line.
@@ -120,6 +120,8 @@ def load_pretrained(kind: Any, source: str, **options: Any) -> Any:
     there = os.path.exists(place)
     if not there and source.startswith(("./", "../", "/", "~")):
         raise CheckpointError(f"{place} does not exist; a {kind.__name__} was to be read from it")
+    if kind.__name__.startswith("Auto"):
+        options["trust_remote_code"] = False  # unsaid, it asks whoever sits at the terminal
     try:
         # An existing folder comes before a hub repository of that name.
         return kind.from_pretrained(place if there else source, **options)
