@@ -217,6 +217,7 @@ def score(
       rewardgen score samples/uso_srl/seed* -s a.png -e experiments/uso_srl.yaml
       rewardgen score out -r csd -s look.png csd.checkpoint=csd.safetensors
       rewardgen score "out/**/*.png" -r ./my_reward.py:Warmth -r brightness
+      rewardgen score out -r dino --content cat.png dino.model=./dino-vits16
     """
     from rewardgen.commands import score as command
 

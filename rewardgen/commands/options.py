@@ -119,7 +119,7 @@ Rewards = Annotated[
         "-r",
         metavar="REWARD",
         help="A bundled reward such as csd, package.module:Class, ./file.py:Class, or the name of one in the"
-        " experiment. Repeat for several.",
+        " experiment; NAME=REWARD names it anew. Repeat for several.",
         show_default="all of the experiment's",
         autocompletion=completion.rewards,
     ),
