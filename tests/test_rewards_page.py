@@ -31,7 +31,7 @@ def test_the_arguments_shown_fit_their_rewards_and_name_their_sources() -> None:
         args = term["args"]
         plugins.check_args(plugins.factory(plugins.resolve("rewards", term["use"])), args, name)
         for key, text in args.items():
-            if key != "against":
+            if key not in ("against", "size"):
                 assert [source.path for source in find_sources({key: text}, name)] == [f"{name}.{key}"]
     assert {term["use"] for term in terms().values()} == set(completion.rewards()) - {
         "brightness",

@@ -28,6 +28,7 @@ from rewardgen.rewards.image_reward import BlipScorer, ImageReward
 from rewardgen.rewards.matching import MatchingReward
 from rewardgen.rewards.pickscore import PickScoreReward
 from rewardgen.rewards.picture_encoder import PictureEncoder
+from rewardgen.rewards.structure import StructureReward
 from tests import toy_reward_models as toys
 from tests.toy_faces import CROP, TwoPlaces, tiny_iresnet
 
@@ -74,6 +75,7 @@ TINY: dict[str, Callable[[], Reward]] = {
     "hpsv2": lambda: Hpsv2Reward(tiny_clip(long_side=toys.SIDE)),
     "identity": lambda: IdentityReward(tiny_faces()),
     "image_reward": tiny_image_reward,
+    "structure": StructureReward,
     "matching": lambda: MatchingReward(tiny_faces()),
     "matching, options": lambda: MatchingReward(tiny_faces(), normalise="matches", floor=0.0, miss=0.5, extra=0.5),
     "pickscore": lambda: PickScoreReward(tiny_clip()),
