@@ -59,7 +59,7 @@ def run(experiment: Path, options: Options, *, flavor: str | None, overrides: Se
     _say_what_travels(root, working, own, found, output)
     if options.dry_run:
         for file, path in working.files.items():
-            typer.echo(f"  {packing.mebibytes(path.stat().st_size):>10}  {file}")
+            typer.echo(f"  {packing.show_size(path.stat().st_size):>10}  {file}")
         return 0
 
     extra = {submit.SUBMITTED: json.dumps(job.describe(any_version=options.any_version), indent=1).encode()}
@@ -68,7 +68,7 @@ def run(experiment: Path, options: Options, *, flavor: str | None, overrides: Se
     again = _again(experiment, options, flavor, overrides, address=address, output=output)
     request = submit.Request(
         job_id=f"{loaded.name}-{secrets.token_hex(3)}",
-        arguments=_arguments(name, flavor, overrides, resume=options.resume),
+        arguments=["train", *_words(name, flavor, overrides, resume=options.resume)],
         output=output,
         working=working,
         own=own,
@@ -110,9 +110,9 @@ def _refuse_secrets(overrides: Sequence[str]) -> None:
             )
 
 
-def _arguments(experiment: str, flavor: str | None, overrides: Sequence[str], *, resume: bool) -> list[str]:
+def _words(experiment: str, flavor: str | None, overrides: Sequence[str], *, resume: bool) -> list[str]:
     flags = (["--flavor", flavor] if flavor else []) + (["--resume"] if resume else [])
-    return ["train", experiment, *overrides, *flags]
+    return [experiment, *overrides, *flags]
 
 
 def _again(
@@ -125,20 +125,20 @@ def _again(
         [
             "rewardgen",
             "submit",
-            *_arguments(str(experiment), flavor, overrides, resume=True),
+            *_words(str(experiment), flavor, overrides, resume=True),
             *("--address", address, "--output", output),
             *(word for name, number in numbers if number is not None for word in (name, f"{number:g}")),
             *(name for name, given in flags if given),
         ]
-    ).replace("submit train ", "submit ", 1)
+    )
 
 
 def _say_what_travels(
     root: Path, working: packing.Package, own: packing.Package | None, found: packing.Needs, output: str
 ) -> None:
-    typer.echo(f"travels: {len(working.files)} files of {root}, {packing.mebibytes(working.num_bytes())}")
+    typer.echo(f"travels: {len(working.files)} files of {root}, {packing.show_size(working.num_bytes())}")
     if own is not None:
-        typer.echo(f"travels: rewardgen {__version__}, {packing.mebibytes(own.num_bytes())}")
+        typer.echo(f"travels: rewardgen {__version__}, {packing.show_size(own.num_bytes())}")
     if working.left_out:
         typer.echo(f"stays here: {', '.join(working.left_out)}")
     for line in found.elsewhere:

@@ -143,9 +143,9 @@ def check_size(package: Package, what: str, limit: int = MAX_BYTES) -> None:
         if slash:
             folders[f"{top}/"] = folders.get(f"{top}/", 0) + size
     largest = sorted((sizes | folders).items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]
-    rows = "".join(f"\n  {mebibytes(size):>9}  {name}" for name, size in largest)
+    rows = "".join(f"\n  {show_size(size):>10}  {name}" for name, size in largest)
     raise UserError(
-        f"{what}: {mebibytes(total)} would travel, and Ray's job server takes {mebibytes(limit)}. The largest:{rows}\n"
+        f"{what}: {show_size(total)} would travel, and Ray's job server takes {show_size(limit)}. The largest:{rows}\n"
         f"Leave them out with lines in a file .rayignore, written as in a .gitignore: {largest[0][0]}\n"
         "Data and weights that the run needs belong where the cluster sees them; name them by absolute paths."
     )
@@ -168,9 +168,9 @@ def write_tree(files: Mapping[str, Path], folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
-def mebibytes(num_bytes: int) -> str:
-    """A size for people: `0.1 MiB`, `312.4 MiB`."""
-    return f"{num_bytes / 1024**2:.1f} MiB"
+def show_size(num_bytes: int) -> str:
+    """A size for people: `0.4 KiB`, `312.4 MiB`."""
+    return f"{num_bytes / 1024:.1f} KiB" if num_bytes < 1024**2 else f"{num_bytes / 1024**2:.1f} MiB"
 
 
 def _is_bulky(folder: Path) -> bool:

@@ -36,6 +36,7 @@ SUBMITTED = f"{JOB_FOLDER}/submitted.json"
 
 _CONNECT_SECONDS = 10.0
 _RECONNECTS = 5
+_TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 _START_SCRIPT = """\
 # `python` may be any Python of this machine. The cluster's own is the one that Ray starts its workers with: the command
 # line of the raylet, which is the parent of the process that runs this script, names it.
@@ -147,7 +148,8 @@ def connect(address: str) -> Jobs:
     except ImportError as error:
         raise ClusterError("submitting needs Ray: pip install 'rewardgen[ray]'") from error
     _require_listener(address)
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # what is uploaded was said already
+    for module in _TALKATIVE:  # what is uploaded was said already
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
     with explained(address), _only_this_address():
         client: Jobs = JobSubmissionClient(address)
         return client
