@@ -101,7 +101,8 @@ def _parse_line(line: str, folder: Path) -> Pattern | None:
 
 def _as_glob(part: str) -> str:
     """One word between slashes, in the form of Python's fnmatch: it knows no backslash, and `!` where git has `^`."""
-    return re.sub(r"\\(.)", r"[\1]", part).replace("[^", "[!")
+    escaped = re.sub(r"\\(.)", lambda found: f"[{found[1]}]" if found[1] in "*?[" else found[1], part)
+    return escaped.replace("[^", "[!")
 
 
 def _match(pattern: Sequence[str], path: Sequence[str]) -> bool:

@@ -24,7 +24,7 @@ REQUIRED = (
     "transformers",
     "peft",
     "accelerate",
-    "huggingface-hub",
+    "huggingface_hub",
     "safetensors",
     "tokenizers",
     "sentencepiece",

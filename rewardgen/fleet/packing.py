@@ -24,8 +24,10 @@ MAX_BYTES = 100 * 1024**2 - 1024**2
 """Ray's job server takes 100 MiB in one upload (`DASHBOARD_CLIENT_MAX_SIZE`); 1 MiB is kept for names and headers."""
 MAX_FILES = 20_000
 """More than this is no project's folder; the walk through it ends there."""
+NEVER = (".git", ".hg", ".svn")
+"""Histories; a line such as `!*/`, which takes back every folder, does not mean them."""
 ALWAYS_OUT = (
-    ".git/ .hg/ .svn/ .venv/ node_modules/ __pycache__/ *.pyc *.egg-info/ .DS_Store .env .netrc"
+    ".venv/ node_modules/ __pycache__/ *.pyc *.egg-info/ .DS_Store .env .netrc"
     " .mypy_cache/ .ruff_cache/ .pytest_cache/ .hypothesis/ .ipynb_checkpoints/"
 ).split()
 """Left out unless an ignore file takes it back with `!name`. Virtual environments of any name and the folders of runs
@@ -105,7 +107,7 @@ def working_files(root: Path, needed: Sequence[Path] = ()) -> Package:
         patterns = patterns + ignores.read(folder)
         for path in sorted(folder.iterdir()):
             is_folder = path.is_dir()
-            if is_folder and (path.resolve() in own or path == root / "rewardgen"):
+            if is_folder and (path.name in NEVER or path.resolve() in own or path == root / "rewardgen"):
                 continue
             if ignores.decides(patterns, path, is_folder) or (is_folder and _is_bulky(path)):
                 left_out.append(path.relative_to(root).as_posix() + "/" * is_folder)
