@@ -256,7 +256,9 @@ def test_what_the_cluster_must_have_is_said(work: Path, use: str, args: dict[str
         ("brightness", {"path": "data/gone.jsonl"}, "there is no data/gone.jsonl in"),
     ],
 )
-def test_what_can_neither_travel_nor_be_there_is_refused(work: Path, use: str, args: dict[str, Any], fault: str) -> None:
+def test_what_can_neither_travel_nor_be_there_is_refused(
+    work: Path, use: str, args: dict[str, Any], fault: str
+) -> None:
     (work.parent / "rows.jsonl").write_text("{}")
     (work.parent / "other.py").write_text("")
     found = needs(work, use, **args)
@@ -315,7 +317,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 def test_a_job_is_submitted_with_what_it_needs(work: Path, client: FakeClient, run: Any) -> None:
     code, out, err = run(
-        "submit", "toy.yaml", "train.num_steps=2", "data.train.args.seed=3", "--address", ADDRESS, "--resume", "-o", "/s p"
+        "submit",
+        "toy.yaml",
+        "train.num_steps=2",
+        "data.train.args.seed=3",
+        "--address",
+        ADDRESS,
+        "--resume",
+        "-o",
+        "/s p",
     )
     assert code == 0, err
     given = client.submitted
@@ -339,7 +349,9 @@ def test_a_job_is_submitted_with_what_it_needs(work: Path, client: FakeClient, r
 
 def test_an_experiment_from_elsewhere_and_the_folder_of_runs(work: Path, client: FakeClient, run: Any) -> None:
     (work / "toy.yaml").rename(work.parent / "toy.yaml")
-    code, out, err = run("submit", "../toy.yaml", "--detach", "--installed", "--gpus", "0.5", "--wait", "--address", "h:1")
+    code, out, err = run(
+        "submit", "../toy.yaml", "--detach", "--installed", "--gpus", "0.5", "--wait", "--address", "h:1"
+    )
     assert code == 0, err
     assert client.files["rewardgen_job/toy.yaml"] == (work.parent / "toy.yaml").read_bytes()
     # The tilde is for the shell there.

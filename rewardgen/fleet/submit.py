@@ -118,9 +118,7 @@ def cluster_address(given: str | None, environ: Mapping[str, str]) -> str:
     except ValueError:
         usable = False
     if not usable or address == "http://auto":
-        raise ClusterError(
-            f"'{given}' is no address of a job server; it is the dashboard's, such as http://head:8265"
-        )
+        raise ClusterError(f"'{given}' is no address of a job server; it is the dashboard's, such as http://head:8265")
     return address
 
 
@@ -279,7 +277,7 @@ def status(client: Jobs, job_id: str) -> str:
     return str(getattr(found, "value", found))
 
 
-def wait_until_ended(client: Jobs, job_id: str, *, timeout_s: float = 60.0) -> str:
+def wait_until_ended(client: Jobs, job_id: str, *, timeout_s: float = 600.0) -> str:
     """The status of a job that was told to stop. Raises ClusterError where it does not end."""
     deadline = time.monotonic() + timeout_s
     while (now := status(client, job_id)) not in ENDED:
