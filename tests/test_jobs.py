@@ -1,7 +1,8 @@
-"""Listing, following and stopping jobs with a fake client; a job server's refusals; what a job checks before it trains."""
+"""Listing, following and stopping jobs with a fake client; a server's refusals; what a job checks before training."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
@@ -17,7 +18,7 @@ import pytest
 
 from rewardgen.cli import main
 from rewardgen.errors import ClusterError
-from rewardgen.fleet import job, submit
+from rewardgen.fleet import job, server, submit
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "http://head:8265"
@@ -84,10 +85,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
 
     def call(client: FakeClient, *arguments: str, answers: str = "") -> tuple[int, str, str]:
-        import io
-
         capsys.readouterr()
-        monkeypatch.setattr(submit, "connect", lambda address: client)
+        monkeypatch.setattr(server, "connect", lambda address: client)
         monkeypatch.setattr("sys.stdin", io.StringIO(answers))
         with pytest.raises(SystemExit) as stopped:
             main(["jobs", *arguments, "--address", ADDRESS])
@@ -200,10 +199,10 @@ def test_a_job_that_is_not_there(run: Any, command: str) -> None:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+def job_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """Start an HTTP server that gives one answer to everything; returns its address."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    for name in submit.ENVIRONMENT:
+    for name in server.ENVIRONMENT:
         monkeypatch.setenv(name, "http://127.0.0.1:1")  # Ray's client would go there
     running: list[ThreadingHTTPServer] = []
 
@@ -239,10 +238,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         (200, '{"ray_version": "1.0", "version": "1"}', "Ray version 1.0 is running on the cluster"),
     ],
 )
-def test_a_refusal_is_explained(server: Any, status: int, body: str, told: str) -> None:
-    address = server(status, body)
+def test_a_refusal_is_explained(job_server: Any, status: int, body: str, told: str) -> None:
+    address = job_server(status, body)
     with pytest.raises(ClusterError, match=re.escape(address)) as refused:
-        submit.connect(address)
+        server.connect(address)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -252,18 +251,18 @@ def test_nobody_there_is_explained() -> None:
         taken.bind(("127.0.0.1", 0))  # not listening
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ClusterError, match=r"no job server answers .*ssh -L 8265"):
-            submit.connect(address)
+            server.connect(address)
 
 
-def test_a_server_that_answers_gives_a_client(server: Any) -> None:
-    address = server(200, '{"ray_version": "2.60.0", "version": "4"}')
-    assert submit.connect(address).get_address() == address  # type: ignore[attr-defined]
+def test_a_server_that_answers_gives_a_client(job_server: Any) -> None:
+    address = job_server(200, '{"ray_version": "2.60.0", "version": "4"}')
+    assert server.connect(address).get_address() == address  # type: ignore[attr-defined]
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray.job_submission", None)
     with pytest.raises(ClusterError, match=r"pip install 'rewardgen\[ray\]'"):
-        submit.connect(ADDRESS)
+        server.connect(ADDRESS)
 
 
 @pytest.mark.parametrize(
@@ -278,10 +277,10 @@ def test_what_no_node_has_is_refused(
     found = [SimpleNamespace(resources_total=resources, state=state) for resources, state in nodes]
     monkeypatch.setattr(ray.util.state, "list_nodes", lambda address: found)
     if fits:
-        submit.require_node(ADDRESS, num_cpus=num_cpus, num_gpus=num_gpus)
+        server.require_node(ADDRESS, num_cpus=num_cpus, num_gpus=num_gpus)
         return
     with pytest.raises(ClusterError, match="the nodes have: 4 CPU, 0 GPU; 2 CPU, 2 GPU"):
-        submit.require_node(ADDRESS, num_cpus=num_cpus, num_gpus=num_gpus)
+        server.require_node(ADDRESS, num_cpus=num_cpus, num_gpus=num_gpus)
 
 
 # --- what a job checks before it trains ---

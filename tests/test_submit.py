@@ -19,7 +19,7 @@ import pytest
 from rewardgen import __version__
 from rewardgen.cli import main
 from rewardgen.errors import ClusterError, ConfigError, UserError
-from rewardgen.fleet import ignores, job, packing, submit
+from rewardgen.fleet import ignores, job, packing, server, submit
 from rewardgen.settings import Plugin
 from tests.test_cli import TOY
 
@@ -165,7 +165,7 @@ def test_the_package_travels_as_a_wheel_has_it(tmp_path: Path) -> None:
     assert "rewardgen/world/assets/csd.safetensors" in package.files
     packing.check_size(package, "rewardgen")
     packing.write_tree(package.files, tmp_path / "modules")
-    ask = "import rewardgen.rewards, rewardgen.policies as p, rewardgen.fleet.job as j; print(p.__file__, j.code_digest())"
+    ask = "import rewardgen.policies as p, rewardgen.fleet.job as j; print(p.__file__, j.code_digest())"
     done = subprocess.run(
         [sys.executable, "-c", ask],
         env=os.environ | {"PYTHONPATH": str(tmp_path / "modules")},
@@ -198,7 +198,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     fill(folder, {"toy.yaml": TOY.replace("use: brightness", 'use: "./mine.py:Mine"')})
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    for name in submit.ENVIRONMENT:
+    for name in server.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(folder)
     yield folder
@@ -299,7 +299,7 @@ class FakeClient:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     fake = FakeClient(log="step 1\n")
-    monkeypatch.setattr(submit, "connect", lambda address: fake)
+    monkeypatch.setattr(server, "connect", lambda address: fake)
     return fake
 
 
@@ -363,7 +363,7 @@ def test_an_experiment_from_elsewhere_and_the_folder_of_runs(work: Path, client:
 
 
 def test_a_dry_run_lists_and_asks_no_cluster(work: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "connect", lambda address: pytest.fail("the cluster was asked"))
+    monkeypatch.setattr(server, "connect", lambda address: pytest.fail("the cluster was asked"))
     code, out, err = run("submit", "toy.yaml", "--dry-run")
     assert code == 0, err
     assert [line.split()[-1] for line in out.splitlines() if line.startswith("  ")] == [
@@ -388,7 +388,7 @@ def test_a_dry_run_lists_and_asks_no_cluster(work: Path, run: Any, monkeypatch: 
 def test_what_cannot_run_is_refused_before_anything_is_sent(
     work: Path, run: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
 ) -> None:
-    monkeypatch.setattr(submit, "connect", lambda address: pytest.fail("the cluster was asked"))
+    monkeypatch.setattr(server, "connect", lambda address: pytest.fail("the cluster was asked"))
     code, _, err = run("submit", "toy.yaml", *arguments)
     assert code == 2
     assert told in err
@@ -396,7 +396,7 @@ def test_what_cannot_run_is_refused_before_anything_is_sent(
 
 
 def test_too_much_is_refused_before_anything_is_sent(work: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "connect", lambda address: pytest.fail("the cluster was asked"))
+    monkeypatch.setattr(server, "connect", lambda address: pytest.fail("the cluster was asked"))
     with (work / "big.bin").open("wb") as file:
         file.truncate(packing.MAX_BYTES)
     code, _, err = run("submit", "toy.yaml")
@@ -419,18 +419,18 @@ def test_too_much_is_refused_before_anything_is_sent(work: Path, run: Any, monke
     ],
 )
 def test_an_address_is_found(given: str | None, environ: dict[str, str], address: str) -> None:
-    assert submit.cluster_address(given, environ) == address
+    assert server.cluster_address(given, environ) == address
 
 
 @pytest.mark.parametrize("given", ["auto", "ray://head:10001", "http://", "http://head:x", "anyscale://thing"])
 def test_other_addresses_are_refused(given: str) -> None:
     with pytest.raises(ClusterError, match="no address of a job server"):
-        submit.cluster_address(given, {})
+        server.cluster_address(given, {})
 
 
 def test_a_token_is_used_where_there_is_one(tmp_path: Path) -> None:
     def mode(**environ: str) -> str | None:
-        submit.use_token(environ, tmp_path)
+        server.use_token(environ, tmp_path)
         return environ.get("RAY_AUTH_MODE")
 
     assert mode() is None

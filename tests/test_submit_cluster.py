@@ -198,7 +198,7 @@ def test_a_job_trains_streams_stops_and_resumes(
     """Stopped by Ctrl-C and resumed on a cluster that wants a token, it ends as the same run here, undisturbed."""
     (home / ".ray" / "auth_token").write_text(TOKEN)
     output = tmp_path / "run"
-    overrides = ["train.num_steps=30", "objective.rewards.warmth.args.seconds=0.2"]
+    overrides = ["train.num_steps=30", "objective.rewards.style.args.seconds=0.2"]
     with head(home, environment | {"RAY_AUTH_MODE": "token"}) as address:
         at = ["--address", address]
         code, _, err = call(work, environment | {"HOME": str(tmp_path)}, "jobs", *at)
@@ -246,7 +246,7 @@ def test_a_cluster_without_a_token_and_a_job_that_is_left_alone(
         code, out, err = call(work, environment, "submit", "toy.yaml", "--gpus", "1", *at)
         assert code == 2
         assert "no node has 1 GPU for the job's process; the nodes have: 1 CPU, 0 GPU" in err
-        slow = ["train.num_steps=500", "objective.rewards.warmth.args.seconds=0.2"]
+        slow = ["train.num_steps=500", "objective.rewards.style.args.seconds=0.2"]
         code, out, err = call(work, environment, "submit", "toy.yaml", *slow, "--detach", *at)
         assert code == 0, err
         (job,) = re.findall(r"^submitted (\S+) to", out, re.M)

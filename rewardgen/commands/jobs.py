@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import typer
 
-from rewardgen.fleet import submit
+from rewardgen.fleet import server, submit
 
 AGAIN = "again"
 """Key of a job's metadata: the command that goes on with its run."""
@@ -22,7 +22,7 @@ STOPPED_EXIT = 130
 def show(address: str | None, *, as_json: bool) -> None:
     """Print the cluster's rewardgen jobs, newest first. Raises ClusterError."""
     where, client = _connect(address)
-    with submit.explained(where):
+    with server.explained(where):
         found = client.list_jobs()
     ours = [info for info in found if "rewardgen" in (info.metadata or {})]
     rows = [_row(info) for info in sorted(ours, key=lambda info: info.start_time or 0, reverse=True)]
@@ -49,7 +49,7 @@ def follow(address: str | None, job_id: str) -> int:
 def stop(address: str | None, job_id: str) -> None:
     """Tell a job to stop, and wait until it has. Raises ClusterError."""
     where, client = _connect(address)
-    with submit.explained(where, job_id):
+    with server.explained(where, job_id):
         before = submit.status(client, job_id)
         if before in submit.ENDED:
             typer.echo(f"{job_id} has ended already: {before.lower()}")
@@ -61,7 +61,7 @@ def stop(address: str | None, job_id: str) -> None:
         _say_how_to_go_on(client.get_job_info(job_id).metadata or {})
 
 
-def watch(client: submit.Jobs, address: str, job_id: str) -> int:
+def watch(client: server.Jobs, address: str, job_id: str) -> int:
     """Write a job's log until it ends; Ctrl-C asks what to do. Returns the exit code.
 
     Returns:
@@ -71,7 +71,7 @@ def watch(client: submit.Jobs, address: str, job_id: str) -> int:
         ClusterError: there is no such job, or the connection is lost for good.
     """
     log = submit.Log(write=_write)
-    with submit.explained(address, job_id):
+    with server.explained(address, job_id):
         submit.status(client, job_id)
         while True:
             try:
@@ -95,9 +95,9 @@ def say_how_to_follow(address: str, job_id: str) -> None:
     typer.echo(f"  rewardgen jobs stop {job_id} --address {address}")
 
 
-def _connect(address: str | None) -> tuple[str, submit.Jobs]:
-    where = submit.cluster_address(address, os.environ)
-    return where, submit.connect(where)
+def _connect(address: str | None) -> tuple[str, server.Jobs]:
+    where = server.cluster_address(address, os.environ)
+    return where, server.connect(where)
 
 
 def _write(text: str) -> None:

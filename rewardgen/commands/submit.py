@@ -15,7 +15,7 @@ import typer
 from rewardgen import __version__, build, config
 from rewardgen.commands import jobs
 from rewardgen.errors import ConfigError
-from rewardgen.fleet import job, packing, submit
+from rewardgen.fleet import job, packing, server, submit
 from rewardgen.manifest import is_secret
 
 
@@ -42,9 +42,9 @@ def run(experiment: Path, options: Options, *, flavor: str | None, overrides: Se
         UserError: the experiment is faulty, what it names cannot travel, too much would, or the cluster refuses.
     """
     # Before any plug-in may import ray, which reads this once.
-    submit.use_token(os.environ, Path.home())
+    server.use_token(os.environ, Path.home())
     _refuse_secrets(overrides)
-    root, address = Path.cwd(), submit.cluster_address(options.address, os.environ)
+    root, address = Path.cwd(), server.cluster_address(options.address, os.environ)
     loaded = config.load_experiment(experiment, flavor, overrides)
     output = run_folder(options.output, loaded.name)
     build.require_sources(loaded)
@@ -77,10 +77,10 @@ def run(experiment: Path, options: Options, *, flavor: str | None, overrides: Se
         num_cpus=options.num_cpus,
         num_gpus=options.num_gpus,
     )
-    client = submit.connect(address)
+    client = server.connect(address)
     if not options.wait:
-        submit.require_node(address, num_cpus=options.num_cpus, num_gpus=options.num_gpus)
-    with submit.explained(address):
+        server.require_node(address, num_cpus=options.num_cpus, num_gpus=options.num_gpus)
+    with server.explained(address):
         job_id = submit.submit(client, request)
     typer.echo(f"submitted {job_id} to {address}")
     if options.detach:

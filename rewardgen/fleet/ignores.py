@@ -38,7 +38,7 @@ class Pattern:
 
     def matches(self, path: Path, is_folder: bool) -> bool:
         """Whether the pattern speaks of this very path (not of what is inside it)."""
-        if self.only_folders and not is_folder or not path.is_relative_to(self.folder):
+        if (self.only_folders and not is_folder) or not path.is_relative_to(self.folder):
             return False
         return _match(self.parts, path.relative_to(self.folder).parts)
 

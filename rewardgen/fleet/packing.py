@@ -26,10 +26,8 @@ MAX_FILES = 20_000
 """More than this is no project's folder; the walk through it ends there."""
 NEVER = (".git", ".hg", ".svn")
 """Histories; a line such as `!*/`, which takes back every folder, does not mean them."""
-ALWAYS_OUT = (
-    ".venv/ node_modules/ __pycache__/ *.pyc *.egg-info/ .DS_Store .env .netrc"
-    " .mypy_cache/ .ruff_cache/ .pytest_cache/ .hypothesis/ .ipynb_checkpoints/"
-).split()
+_CACHES = (".mypy_cache/", ".ruff_cache/", ".pytest_cache/", ".hypothesis/", ".ipynb_checkpoints/", "__pycache__/")
+ALWAYS_OUT = (*_CACHES, ".venv/", "node_modules/", "*.pyc", "*.egg-info/", ".DS_Store", ".env", ".netrc")
 """Left out unless an ignore file takes it back with `!name`. Virtual environments of any name and the folders of runs
 are left out too."""
 
