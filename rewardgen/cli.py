@@ -407,7 +407,7 @@ def submit(
     The experiment is checked here before anything is sent. What .gitignore and
     .rayignore name stays here, except files that the experiment itself names.
     The log is shown until the job ends; Ctrl-C asks whether to stop it. A job
-    that is stopped saves a checkpoint, and the same command with --resume goes on.
+    that is stopped saves a checkpoint; the same command with --resume goes on.
     Where the cluster wants a token, it is taken from RAY_AUTH_TOKEN or
     ~/.ray/auth_token.
 

@@ -118,7 +118,7 @@ def _ask() -> Literal["stop", "leave", "watch"]:
             return "leave"
         for wish in ("stop", "leave", "watch"):
             if answer and wish.startswith(answer.strip().lower()):
-                return wish  # type: ignore[return-value]
+                return wish
 
 
 def _finish(info: Any, job_id: str, ended: str) -> int:
