@@ -70,7 +70,6 @@ app.add_typer(world_app, name="world")
 reward_app = typer.Typer(help=REWARD_HELP, no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
 app.add_typer(cluster.jobs_app, name="jobs")
-app.command()(cluster.submit)
 
 
 @app.command()
@@ -356,6 +355,9 @@ def reward_check(
 
     for line in check_spec(use, args or (), data):
         typer.echo(f"ok: {line}")
+
+
+app.command()(cluster.submit)
 
 
 def main(arguments: list[str] | None = None) -> None:
