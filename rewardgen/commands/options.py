@@ -134,3 +134,14 @@ ExperimentOption = Annotated[
         show_default="none",
     ),
 ]
+
+Address = Annotated[
+    _Text,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        help="The cluster's job server: the dashboard of its head node.",
+        show_default="RAY_API_SERVER_ADDRESS, else http://localhost:8265",
+    ),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="As `rewardgen jobs` lists it.")]
