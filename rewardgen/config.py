@@ -21,7 +21,7 @@ from rewardgen.evaluation.evaluate import EvaluationConfig
 from rewardgen.fleet.pool import FleetConfig
 from rewardgen.learner import OptimizerConfig
 from rewardgen.manifest import blot, blot_entries, is_secret
-from rewardgen.objective import ObjectiveConfig, check_differentiable
+from rewardgen.objective import ObjectiveConfig, check_differentiable, composition_faults
 from rewardgen.report import ReportConfig
 from rewardgen.rollout import RolloutConfig
 from rewardgen.settings import Plugin, Settings
@@ -298,6 +298,7 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
             check_differentiable(name, plugins.resolve("rewards", term.use))
         except ConfigError as error:
             yield "", str(error)
+    yield from ((f"objective.{path}", message) for path, message in composition_faults(objective))
     if set(objective.rewards) & set(experiment.evaluation.witnesses):
         shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
         yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"
