@@ -207,8 +207,9 @@ class Learned:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON; empty where nothing is learned."""
-        parts = {"constraints": self.constraints, "moments": self.moments}
-        return {key: {name: one.state() for name, one in those.items()} for key, those in parts.items() if those}
+        constraints = {name: constraint.state() for name, constraint in self.constraints.items()}
+        moments = {name: moments.state() for name, moments in self.moments.items()}
+        return {key: part for key, part in (("constraints", constraints), ("moments", moments)) if part}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `state()`.

@@ -45,7 +45,8 @@ class TermConfig(Plugin, SparseSettings):
     gate: GateConfig | None = None
     """The term counts for a sample only where another reward is above or below a threshold."""
     floor: float | OfBase | None = None
-    """Lower bound on the mean reward: the others are raised subject to it. The multiplier takes the weight's place."""
+    """Lower bound on the mean reward: the others are raised subject to it. The multiplier takes the place of the
+    weight, which must not be given, unless as 0 to leave the reward out."""
     ceiling: float | OfBase | None = None
     """Upper bound on the mean reward, a budget; as `floor`."""
     multiplier: MultiplierConfig = MultiplierConfig()
@@ -53,8 +54,8 @@ class TermConfig(Plugin, SparseSettings):
 
     @property
     def bound(self) -> float | OfBase | None:
-        """The floor or ceiling; None where there is neither."""
-        return self.ceiling if self.floor is None else self.floor
+        """The floor or ceiling; None where there is neither, and where a weight of 0 leaves the reward out."""
+        return (self.ceiling if self.floor is None else self.floor) if self.weight else None
 
     def _left_out(self) -> set[str]:
         return super()._left_out() | ({"weight"} if self.bound is not None else set())
@@ -114,7 +115,7 @@ def composition_faults(config: ObjectiveConfig) -> Iterator[tuple[str, str]]:
         place = f"rewards.{name}"
         if term.floor is not None and term.ceiling is not None:
             yield f"{place}.ceiling", "a reward has a floor or a ceiling; for both name the reward twice"
-        if term.bound is None and "multiplier" in term.model_fields_set:
+        if term.floor is None and term.ceiling is None and "multiplier" in term.model_fields_set:
             yield f"{place}.multiplier", "there is no floor or ceiling whose multiplier it could be"
         if term.bound is not None:
             for key in ("weight", "schedule", "normalize", "gate"):
@@ -285,7 +286,8 @@ class Objective:
 
     def metrics(self, sums: Mapping[str, ScoreSums], step: int) -> dict[str, float]:
         """What changes from step to step, as it was in this one: multipliers, bounds, slacks, moments, weights."""
-        terms = {FLOW_MATCHING: self.config.flow_matching, **self.config.rewards}
+        terms: dict[str, FlowMatchingConfig | TermConfig] = {FLOW_MATCHING: self.config.flow_matching}
+        terms |= self.config.rewards
         scheduled = {f"weight/{name}": term.weight_at(step) for name, term in terms.items() if term.schedule}
         return self._learned.metrics(sums) | scheduled
 

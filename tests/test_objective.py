@@ -185,6 +185,9 @@ def test_settings_that_are_not_used_are_not_written_and_those_that_are_come_back
     again = ObjectiveConfig.model_validate_json(json.dumps(written), strict=True)
     assert again == full
     assert not list(composition_faults(again))
+    off = composed({"a": {}, "b": {"floor": {"base": 0}, "multiplier": {"rate": 5.0}, "weight": 0.0}})
+    assert off.model_dump(mode="json")["rewards"]["b"]["weight"] == 0
+    assert Objective(off, {"a": ToyReward(), "b": ToyReward()}).active_rewards(3) == ("a",)
 
 
 def test_who_is_scored_and_with_what_weight() -> None:

@@ -7,6 +7,7 @@ Shape suffixes: N pictures, S seeds, P pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import ClassVar
@@ -60,7 +61,8 @@ def colour_entropy(pixels_N3HW: Tensor) -> Tensor:
     cell_NP = ((levels[:, 0] * COLOUR_LEVELS + levels[:, 1]) * COLOUR_LEVELS + levels[:, 2]).flatten(1)
     counts = torch.zeros(len(cell_NP), COLOUR_LEVELS**3, device=cell_NP.device)
     counts.scatter_add_(1, cell_NP, torch.ones_like(cell_NP, dtype=counts.dtype))
-    return torch.special.entr(counts / cell_NP.shape[1]).sum(1) / torch.log(torch.tensor(2.0))
+    entropy: Tensor = torch.special.entr(counts / cell_NP.shape[1]).sum(1) / math.log(2)
+    return entropy
 
 
 def edge_density(pixels_N3HW: Tensor) -> Tensor:
@@ -85,7 +87,8 @@ def grid_peaks(pixels_N3HW: Tensor) -> Tensor:
     whole = light[:, : rows * GRID_PERIOD, : columns * GRID_PERIOD]
     tile = whole.unflatten(1, (rows, GRID_PERIOD)).unflatten(3, (columns, GRID_PERIOD)).mean((1, 3))
     variance = whole.flatten(1).var(1, correction=0)
-    return tile.flatten(1).var(1, correction=0) / variance.clamp(min=1e-8)
+    repeated: Tensor = tile.flatten(1).var(1, correction=0) / variance.clamp(min=1e-8)
+    return repeated
 
 
 def diversity(pixels_SN3HW: Tensor) -> Tensor:
