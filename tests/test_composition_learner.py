@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rewardgen.adaptive import Constraint, MultiplierConfig
+from rewardgen.distributed import Processes
 from rewardgen.flow.window import WindowConfig, run_window
+from rewardgen.gradients import TermSums
 from rewardgen.learner import Learner, MicroBatch, OptimizerConfig
 from rewardgen.objective import Objective, ObjectiveConfig
 from rewardgen.optimizer import Optimizer
@@ -232,3 +235,39 @@ def test_a_resumed_run_equals_the_uninterrupted_one() -> None:
     assert last["weight/style"] == pytest.approx(2.0 * (0.1 + 0.9 * 3 / 4))
     assert last["multiplier/green"] > 0
     assert math.isfinite(resumed[-1].loss)
+
+
+def test_scores_are_summed_over_processes_and_each_learns_the_same() -> None:
+    """Two processes with unequal shares of one step: sums, and so multipliers, are those of a single process."""
+    rows = torch.tensor([0.1, 0.5, math.nan, 0.9, 0.4], dtype=torch.float64)
+
+    def sums_of(part: slice) -> TermSums:
+        sums = TermSums()
+        sums.add_score("red", Score(value_B=rows[part], valid_B=~rows[part].isnan()))
+        sums.add("red", rows[part].nansum(), int((~rows[part].isnan()).sum()))
+        return sums
+
+    class Meeting(Processes):
+        """Remembers what was brought; gives everybody's, once all have brought theirs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.brought: list[Any] = []
+
+        def exchange(self, topic: str, value: Any = None) -> list[Any]:
+            self.brought.append(json.loads(json.dumps(value)))
+            return self.brought
+
+    counted_by = {"red": ["red"]}
+    whole, shares = sums_of(slice(None)), [sums_of(slice(2)), sums_of(slice(2, None))]
+    whole.sum_over(Processes(), [], counted_by, "all")
+    meeting = Meeting()
+    shares[0].sum_over(meeting, [], counted_by, "the first alone")
+    valid = shares[1].sum_over(meeting, [], counted_by, "both")
+    assert valid == {"red": [True, True, False, True, True]}
+    assert shares[1].scores["red"] == whole.scores["red"]
+    assert shares[1].valid_counts() == whole.valid_counts() == {"red": 4}
+    constraints = [Constraint(0.6, ceiling=False, config=MultiplierConfig()) for _ in range(2)]
+    for constraint, sums in zip(constraints, (whole, shares[1]), strict=True):
+        constraint.update(sums.scores["red"], 0)
+    assert constraints[0].multiplier == constraints[1].multiplier == pytest.approx(0.6 - 1.9 / 4)

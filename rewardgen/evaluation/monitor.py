@@ -9,6 +9,7 @@ Shape suffixes: N examples, K kept pictures.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -178,8 +179,9 @@ class Monitor:
         self._control = read(Path(config.control) / FILE, "monitor.control") if config.control else {}
         self._start: Evaluation | None = None
         self._said: set[tuple[str, str]] = set()
-        own = folder / FILE
-        self._evaluations = read(own, str(own)) if own.is_file() else {}
+        self._evaluations: dict[int, Evaluation] = {}
+        with contextlib.suppress(ConfigError):  # a new run; or a damaged record, which must not keep one from resuming
+            self._evaluations = read(folder / FILE, "the run's own record")
 
     def begin(self, start: Evaluation, first_step: int = 0) -> None:
         """Note the evaluation before training; those of a former run after `first_step` steps are forgotten."""
