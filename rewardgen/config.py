@@ -11,20 +11,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
 from rewardgen import plugins, strict_yaml
 from rewardgen.errors import ConfigError, UserError, nearest
 from rewardgen.evaluation.evaluate import EvaluationConfig
+from rewardgen.evaluation.monitor import MonitorConfig
 from rewardgen.fleet.pool import FleetConfig
 from rewardgen.learner import OptimizerConfig
 from rewardgen.manifest import blot, blot_entries, is_secret
-from rewardgen.objective import ObjectiveConfig, check_differentiable
+from rewardgen.objective import ObjectiveConfig, check_differentiable, composition_faults
 from rewardgen.report import ReportConfig
 from rewardgen.rollout import RolloutConfig
-from rewardgen.settings import Plugin, Settings
+from rewardgen.settings import Plugin, Settings, SparseSettings
 from rewardgen.trainer import TrainConfig
 
 Fault = tuple[str, str]
@@ -46,8 +47,10 @@ class DataConfig(Settings):
     """What it is judged on; no example of it may occur in `train`."""
 
 
-class Experiment(Settings):
+class Experiment(SparseSettings):
     """Everything a run depends on. One file, one of its flavors, and the overrides."""
+
+    sparse: ClassVar[frozenset[str]] = frozenset({"monitor"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the run's folder."""
@@ -63,6 +66,7 @@ class Experiment(Settings):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     fleet: FleetConfig = Field(default_factory=FleetConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+    monitor: MonitorConfig = MonitorConfig()
 
 
 def flavors_of(path: Path) -> list[str]:
@@ -298,6 +302,7 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
             check_differentiable(name, plugins.resolve("rewards", term.use))
         except ConfigError as error:
             yield "", str(error)
+    yield from ((f"objective.{path}", message) for path, message in composition_faults(objective))
     if set(objective.rewards) & set(experiment.evaluation.witnesses):
         shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
         yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"
