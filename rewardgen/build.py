@@ -6,9 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,12 @@ from rewardgen.config import Experiment, plugins_in
 from rewardgen.distributed import Processes, launched
 from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
-from rewardgen.evaluation.evaluate import Evaluation, evaluate
+from rewardgen.evaluation.evaluate import Evaluation
 from rewardgen.evaluation.grid import save_grid
-from rewardgen.evaluation.monitor import DriftError, Monitor, statistics_metrics, with_diversity, without_statistics
+from rewardgen.evaluation.monitor import DriftError, without_statistics
 from rewardgen.evaluation.score import target_scores
 from rewardgen.fleet.inline import InlinePool
+from rewardgen.held_out import evaluate_held_out, open_monitor, warn
 from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
 from rewardgen.manifest import redact, write_manifest
@@ -157,26 +156,24 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
     reporter = Reporter(folder, experiment.report, num_steps=experiment.train.num_steps, experiment=resolved)
     if processes.is_first:
         _open_folder(folder, experiment, resume=resume)
-    monitor = _monitor(experiment, folder) if processes.is_first and experiment.monitor.enabled else None
+    monitor = open_monitor(experiment, folder) if processes.is_first else None
     parts = assemble(experiment, processes)
     if processes.is_first:
         write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
     console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
     evaluates = processes.is_first or isinstance(parts.policy, ShardedPolicy)
-    whole = _evaluate(experiment, parts, averaged=False, monitored=experiment.monitor.enabled) if evaluates else None
-    base = whole and without_statistics(whole)
+    start = _evaluate(experiment, parts, averaged=False, monitored=True) if evaluates else None
+    base = start and without_statistics(start)
     made: dict[int, Evaluation | None] = {}  # the latest alone: it holds pictures
 
     def evaluate_now(step: int) -> dict[str, float]:
         made.clear()
-        whole = _evaluate(experiment, parts, monitored=experiment.monitor.enabled) if evaluates else None
+        whole = _evaluate(experiment, parts, monitored=True) if evaluates else None
         made[step] = evaluation = whole and without_statistics(whole)
-        found = []
+        found: list[str] = []
         if processes.is_first and whole is not None and evaluation is not None:
             reporter.evaluation(step, evaluation.means())
-            found = [str(finding) for finding in monitor.check(step, whole, parts.held_out)] if monitor else []
-            for warning in found:
-                console.print(f"warning: {warning}; see {folder / 'monitor'}", markup=False, highlight=False)
+            found = warn(monitor, step, whole, parts.held_out, console)
         said = processes.exchange("an evaluation", [evaluation and dict(evaluation.means()), found])[0]
         if said[1] and experiment.monitor.stop_on_drift and step < experiment.train.num_steps:
             raise DriftError(f"stopped, because monitor.stop_on_drift is set: {'; '.join(said[1])}")
@@ -202,8 +199,8 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
             if processes.is_first and base is not None:
                 reporter.start(first)
                 reporter.evaluation(0, base.means())
-                if monitor is not None and whole is not None:
-                    monitor.begin(whole, first)
+                if monitor is not None and start is not None:
+                    monitor.begin(start, first)
             outcome = trainer.run()
             if not outcome.interrupted and outcome.completed_steps not in made:
                 evaluate_now(outcome.completed_steps)
@@ -296,35 +293,8 @@ def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Eva
 
 
 def _evaluate(experiment: Experiment, parts: Parts, *, averaged: bool = True, monitored: bool = False) -> Evaluation:
-    """Held-out scores of the policy as it is; with `averaged`, of its averaged weights where the run keeps them.
-
-    With `monitored` they have the monitor's statistics too.
-    """
-    settings = experiment.evaluation
-    weights: AbstractContextManager[None] = parts.learner.averaged() if averaged else nullcontext()
-    draw = partial(
-        evaluate,
-        parts.policy,
-        image_size=experiment.rollout.image_size,
-        num_steps=settings.num_steps or experiment.rollout.num_steps,
-        batch_size=settings.batch_size,
-        precision=experiment.train.precision,
-    )
-    metrics = parts.metrics | (statistics_metrics() if monitored else {})
-    with weights:
-        evaluation = draw(parts.held_out, metrics, seed=settings.seed, keep_pixels=settings.grid_examples)
-        few = parts.held_out[: experiment.monitor.diversity_examples]
-        if not monitored or not few:
-            return evaluation
-        others = [draw(few, {}, seed=settings.seed + more, keep_pixels=len(few)) for more in (1, 2)]
-    return with_diversity(evaluation, others)
-
-
-def _monitor(experiment: Experiment, folder: Path) -> Monitor:
-    """The run's watch over its rewards; what is bounded or has no weight is not trained for. Raises ConfigError."""
-    terms = experiment.objective.rewards.items()
-    trained_for = [name for name, term in terms if term.weight and term.bound is None]
-    return Monitor(experiment.monitor, folder, rewards=trained_for, witnesses=experiment.evaluation.witnesses)
+    held_out = (parts.held_out, parts.metrics)
+    return evaluate_held_out(experiment, parts.learner, *held_out, averaged=averaged, monitored=monitored)
 
 
 def _compare(parts: Parts, base: Evaluation, trained: Evaluation) -> Comparison:

@@ -52,6 +52,7 @@ RANKS = {
     "rewardgen.trainer": 4,
     "rewardgen.config": 5,
     "rewardgen.build": 6,
+    "rewardgen.held_out": 6,
     "rewardgen.reward_check": 6,
     "rewardgen.commands": 6,
     "rewardgen.cli": 7,
