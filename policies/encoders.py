@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 def encode_text(parts: FluxParts, prompt: str, max_tokens: int) -> tuple[Tensor, Tensor]:
     """T5 states [T, D] and CLIP's pooled output [Q]; T5's padding takes part in attention, as in the release."""
+    if parts.text_encoder is None or parts.text_encoder_2 is None or parts.tokenizer is None:
+        raise ConfigError(f"the prompt {prompt[:80]!r} was not encoded ahead, and the policy has no text encoders")
     device = parts.text_encoder.device
     clip_length = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)
 
@@ -94,6 +96,10 @@ class FluxEncoder:
         """T5 states [T, D] and pooled CLIP text [Q]."""
         states, pooled = self.cache.get("text", prompt, lambda: encode_text(self.parts, prompt, self.max_text_tokens))
         return states, pooled
+
+    def remember_text(self, prompt: str, states_TD: Tensor, pooled_Q: Tensor) -> None:
+        """Take encodings of a prompt from elsewhere, in place of the text encoders'."""
+        self.cache.get("text", prompt, lambda: (states_TD, pooled_Q))
 
     def reference(self, image_3HW: Tensor, multiple: int) -> Reference:
         """A content reference as tokens, cropped to a multiple of `multiple` pixels."""

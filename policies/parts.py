@@ -18,21 +18,32 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, SiglipVisionModel, T5EncoderModel
 
 
+class BlankTokenizer:
+    """Stands in for a tokenizer where only the number of tokens counts: every token is number 0."""
+
+    def __init__(self, model_max_length: int) -> None:
+        self.model_max_length = model_max_length
+
+    def __call__(self, prompts: list[str], *, max_length: int, **_: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.zeros(len(prompts), max_length, dtype=torch.long)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FluxParts:
     """Everything a FLUX.1 policy is made of, before any adapter.
 
     Args:
+        text_encoder, tokenizer, text_encoder_2, tokenizer_2: None where prompts were encoded ahead.
         siglip: the encoder of style pictures; None for policies that take none.
         siglip_size: side in pixels of the square pictures it reads; taken from the encoder unless given.
     """
 
     transformer: FluxTransformer2DModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder_2: T5EncoderModel
-    tokenizer_2: PreTrainedTokenizerBase
+    text_encoder: CLIPTextModel | None = None
+    tokenizer: PreTrainedTokenizerBase | BlankTokenizer | None = None
+    text_encoder_2: T5EncoderModel | None = None
+    tokenizer_2: PreTrainedTokenizerBase | BlankTokenizer | None = None
     siglip: SiglipVisionModel | None = None
     siglip_size: int | None = None
 

@@ -1,0 +1,168 @@
+"""Models from their sizes alone: what the released parts measure, and parts that have sizes but no weights of worth.
+
+Used where nothing can or need be read: for the memory plan (on tensors without memory) and for measurements at full
+size with random weights. Sizes come from a `config.json` that is here, else from the table below.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rewardgen.errors import CheckpointError, ConfigError
+from rewardgen.policies.parts import BlankTokenizer, FluxParts
+
+Config = Mapping[str, Any]
+
+FLUX: Config = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+FLUX_VAE: Config = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+CLIP_L_TEXT: Config = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+T5_XXL: Config = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+SIGLIP_SO400M: Config = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+_DEV = {"transformer": FLUX, "vae": FLUX_VAE, "text_encoder": CLIP_L_TEXT, "text_encoder_2": T5_XXL}
+RELEASED: Mapping[str, Mapping[str, Config]] = {
+    "black-forest-labs/FLUX.1-dev": _DEV,
+    "black-forest-labs/FLUX.1-Krea-dev": _DEV,
+    "black-forest-labs/FLUX.1-schnell": {**_DEV, "transformer": {**FLUX, "guidance_embeds": False}},
+    "google/siglip-so400m-patch14-384": {"": SIGLIP_SO400M},
+    "openai/clip-vit-large-patch14": {"": CLIP_L_TEXT},
+    "google/t5-v1_1-xxl": {"": T5_XXL},
+}
+"""Sizes of released models by hub id and subfolder, as their `config.json` states them."""
+PROJECTOR: Config = {"tokens_per_level": 64}
+"""USO's released style projector; its other sizes are those of SigLIP and of the transformer."""
+
+
+def config_of(source: str, subfolder: str = "") -> dict[str, Any]:
+    """The sizes of a model in a folder or a hub repository, without contacting the hub.
+
+    Raises:
+        CheckpointError: there is no `config.json` here, and the table does not know the repository.
+    """
+    inside = f"{subfolder}/config.json" if subfolder else "config.json"
+    path = Path(source).expanduser() / inside
+    if not path.is_file() and (cached := _in_hub_cache(source, inside)) is not None:
+        path = cached
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a readable config ({error})") from error
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}: not a config: it holds no mapping")
+        return found
+    if subfolder in RELEASED.get(source, {}):
+        return dict(RELEASED[source][subfolder])
+    known = ", ".join(RELEASED)
+    raise CheckpointError(
+        f"{source}: its {inside} is not here, and it is none of the models whose sizes are known: {known}"
+    )
+
+
+def _in_hub_cache(source: str, inside: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source, inside)
+    except HFValidationError:  # a path, not a repository
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def make_parts(configs: Mapping[str, Config], *, dtype: torch.dtype = torch.float32) -> FluxParts:
+    """Parts of the given sizes, freshly initialised where the caller is (`with torch.device(...)`), in `dtype`.
+
+    Args:
+        configs: by part: `transformer`, `vae`, and where they are wanted `text_encoder`, `text_encoder_2`, `siglip`.
+
+    Raises:
+        ConfigError: sizes that make no model.
+    """
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    def encoder(kind: Any, config: Any, name: str, half: str) -> Any:
+        return kind(config(**_half(configs[name], half))).eval() if name in configs else None
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        clip = encoder(CLIPTextModel, CLIPTextConfig, "text_encoder", "text_config")
+        t5 = encoder(T5EncoderModel, T5Config, "text_encoder_2", "text_config")
+        return FluxParts(
+            transformer=FluxTransformer2DModel.from_config(dict(configs["transformer"])).eval(),
+            vae=AutoencoderKL.from_config(dict(configs["vae"])).eval(),
+            text_encoder=clip,
+            tokenizer=None if clip is None else BlankTokenizer(clip.config.max_position_embeddings),
+            text_encoder_2=t5,
+            tokenizer_2=None if t5 is None else BlankTokenizer(1 << 30),
+            siglip=encoder(SiglipVisionModel, SiglipVisionConfig, "siglip", "vision_config"),
+        )
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"these sizes make no FLUX.1 model: {error}") from error
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _half(config: Config, half: str) -> dict[str, Any]:
+    """The wanted half of a whole CLIP or SigLIP, or what is one already; names of classes and precisions are no sizes."""
+    sizes = config.get(half, config)
+    return {key: value for key, value in sizes.items() if key not in ("architectures", "dtype", "torch_dtype")}
