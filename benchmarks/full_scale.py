@@ -1,7 +1,7 @@
 """A train step at full size: FLUX.1 with random weights, LoRA, SigLIP, VAE and a ViT-L CSD, through our own trainer.
 
     python benchmarks/full_scale.py [--sizes 512 1024] [--steps 2]      # one GPU with 80 GB or more
-    python benchmarks/full_scale.py --toy                               # every line of it on the CPU, figures of no worth
+    python benchmarks/full_scale.py --toy                               # every line of it on the CPU, at toy size
 
 Style Reward Learning with one content reference (512 pixels) and one style reference, batch 1, bf16 base and float32
 LoRA, checkpointed blocks, an entry step of 20 of 25, flow matching and CSD. Text encodings are random numbers of the
@@ -39,7 +39,7 @@ from rewardgen.objective import Objective, ObjectiveConfig
 from rewardgen.policies import official, shapes
 from rewardgen.policies.packing import PATCH
 from rewardgen.policies.projector import LEVELS, StyleProjector
-from rewardgen.policies.uso import UsoPolicy
+from rewardgen.policies.uso import DEFAULT_STYLE_TOKENS, UsoPolicy
 from rewardgen.policy import noise_like_request
 from rewardgen.rewards.csd import CsdConfig, CsdModel, CsdReward
 from rewardgen.rollout import RolloutConfig, RolloutWorker, velocity_fn
@@ -78,7 +78,7 @@ FULL = Scale(
     configs={"transformer": shapes.FLUX, "vae": shapes.FLUX_VAE, "siglip": shapes.SIGLIP_SO400M},
     csd=CsdConfig(),
     text_tokens=512,
-    style_tokens_per_level=shapes.PROJECTOR["tokens_per_level"],
+    style_tokens_per_level=DEFAULT_STYLE_TOKENS,
     rank=128,
     content_side=512,
     product_side=8192,

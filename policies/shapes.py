@@ -7,14 +7,20 @@ size with random weights. Sizes come from a `config.json` that is here, else fro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from rewardgen.errors import CheckpointError, ConfigError
-from rewardgen.policies.parts import BlankTokenizer, FluxParts
+from rewardgen.policies.parts import SINGLE_FILE, BlankTokenizer, FluxParts, Sources
+from rewardgen.policies.projector import StyleProjector
+
+if TYPE_CHECKING:
+    from transformers import SiglipVisionModel
 
 Config = Mapping[str, Any]
 
@@ -79,8 +85,9 @@ RELEASED: Mapping[str, Mapping[str, Config]] = {
     "google/t5-v1_1-xxl": {"": T5_XXL},
 }
 """Sizes of released models by hub id and subfolder, as their `config.json` states them."""
-PROJECTOR: Config = {"tokens_per_level": 64}
-"""USO's released style projector; its other sizes are those of SigLIP and of the transformer."""
+
+SINGLE_FILES: Mapping[str, Config] = {"transformer": FLUX, "vae": FLUX_VAE}
+"""Sizes of the parts that are released as single files too (`flux1-dev.safetensors`, `ae.safetensors`)."""
 
 
 def config_of(source: str, subfolder: str = "") -> dict[str, Any]:
@@ -109,6 +116,21 @@ def config_of(source: str, subfolder: str = "") -> dict[str, Any]:
     )
 
 
+def shape_in_file(source: str | None, key: str) -> tuple[int, ...]:
+    """The shape of a tensor in a safetensors file; () where there is no such file here, or no such tensor in it."""
+    if source is None:
+        return ()
+    repository, _, inside = source.partition(":")
+    path = Path(source) if Path(source).is_file() else _in_hub_cache(repository, inside) if inside else None
+    if path is None:
+        return ()
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.get_slice(key).get_shape())
+    except (SafetensorError, OSError):
+        return ()
+
+
 def _in_hub_cache(source: str, inside: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -118,6 +140,25 @@ def _in_hub_cache(source: str, inside: str) -> Path | None:
     except HFValidationError:  # a path, not a repository
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def configs_of(sources: Sources) -> dict[str, Config]:
+    """Sizes of all parts that `sources` name; those of a single file are read from its tensors' shapes, not its values.
+
+    Raises:
+        CheckpointError: the sizes of a part are not known.
+    """
+    configs: dict[str, Config] = {}
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        source, subfolder = sources.place(part)
+        if part in SINGLE_FILES and not subfolder and source.endswith(SINGLE_FILE):
+            # The released files hold the released sizes; another one is told apart when it is loaded.
+            configs[part] = SINGLE_FILES[part]
+        else:
+            configs[part] = config_of(source, subfolder)
+    if sources.siglip is not None:
+        configs["siglip"] = config_of(sources.siglip)
+    return configs
 
 
 def make_parts(configs: Mapping[str, Config], *, dtype: torch.dtype = torch.float32) -> FluxParts:
@@ -130,32 +171,56 @@ def make_parts(configs: Mapping[str, Config], *, dtype: torch.dtype = torch.floa
         ConfigError: sizes that make no model.
     """
     from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        SiglipVisionConfig,
-        SiglipVisionModel,
-        T5Config,
-        T5EncoderModel,
-    )
 
-    def encoder(kind: Any, config: Any, name: str, half: str) -> Any:
-        return kind(config(**_half(configs[name], half))).eval() if name in configs else None
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        clip = encoder(CLIPTextModel, CLIPTextConfig, "text_encoder", "text_config")
-        t5 = encoder(T5EncoderModel, T5Config, "text_encoder_2", "text_config")
+    with _making(dtype):
         return FluxParts(
             transformer=FluxTransformer2DModel.from_config(dict(configs["transformer"])).eval(),
             vae=AutoencoderKL.from_config(dict(configs["vae"])).eval(),
-            text_encoder=clip,
-            tokenizer=None if clip is None else BlankTokenizer(clip.config.max_position_embeddings),
-            text_encoder_2=t5,
-            tokenizer_2=None if t5 is None else BlankTokenizer(1 << 30),
-            siglip=encoder(SiglipVisionModel, SiglipVisionConfig, "siglip", "vision_config"),
+            **(make_text(configs, dtype) if "text_encoder" in configs else {}),
+            siglip=make_siglip(configs["siglip"], dtype) if "siglip" in configs else None,
         )
+
+
+def make_text(configs: Mapping[str, Config], dtype: torch.dtype) -> dict[str, Any]:
+    """Text encoders of the given sizes, as fields of `FluxParts`. Raises ConfigError like `make_parts`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    with _making(dtype):
+        clip = CLIPTextModel(CLIPTextConfig(**_half(configs["text_encoder"], "text_config"))).eval()
+        t5 = T5EncoderModel(T5Config(**_half(configs["text_encoder_2"], "text_config"))).eval()
+    return {
+        "text_encoder": clip,
+        "tokenizer": BlankTokenizer(clip.config.max_position_embeddings),
+        "text_encoder_2": t5,
+        "tokenizer_2": BlankTokenizer(1 << 30),
+    }
+
+
+def make_siglip(config: Config, dtype: torch.dtype) -> SiglipVisionModel:
+    """A SigLIP vision model of the given sizes. Raises ConfigError like `make_parts`."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    with _making(dtype):
+        return SiglipVisionModel(SiglipVisionConfig(**_half(config, "vision_config"))).eval()
+
+
+def make_projector(vision: Config, tokens_per_level: int, hidden_size: int) -> StyleProjector:
+    """A fresh style projector for a SigLIP of the given sizes, float32."""
+    sizes = _half(vision, "vision_config")
+    return StyleProjector(
+        num_tokens=(sizes["image_size"] // sizes["patch_size"]) ** 2,
+        token_dim=sizes["hidden_size"],
+        tokens_per_level=tokens_per_level,
+        hidden_size=hidden_size,
+    )
+
+
+@contextmanager
+def _making(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"these sizes make no FLUX.1 model: {error}") from error
     finally:
@@ -163,6 +228,6 @@ def make_parts(configs: Mapping[str, Config], *, dtype: torch.dtype = torch.floa
 
 
 def _half(config: Config, half: str) -> dict[str, Any]:
-    """The wanted half of a whole CLIP or SigLIP, or what is one already; names of classes and precisions are no sizes."""
+    """The wanted half of a whole CLIP or SigLIP, or what is one already, without what is no size."""
     sizes = config.get(half, config)
     return {key: value for key, value in sizes.items() if key not in ("architectures", "dtype", "torch_dtype")}

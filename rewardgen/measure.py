@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
 class Clock:
@@ -73,10 +72,16 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._see(value)
+        self.see(result)
         return result
+
+    def see(self, result: Any) -> None:
+        """Take what an operation returned into account."""
+        if isinstance(result, Tensor):
+            self._see(result)
+        elif isinstance(result, tuple | list):
+            for value in result:
+                self.see(value)
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -93,23 +98,42 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self._known.pop(key)
 
 
-def operation_counter() -> FlopCounterMode:
-    """torch's counter of multiplications and additions in products, convolutions and attention, also on the CPU."""
-    own = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            own._scaled_dot_product_flash_attention_for_cpu: _attention,
-            own._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        },
-    )
+class OperationCounter(TorchDispatchMode):
+    """Counts multiplications and additions of products, convolutions and attention while it is entered.
+
+    The formulas are torch's (`torch.utils.flop_counter`), whose own counter follows modules too and is much slower.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count(func, args, kwargs or {}, result)
+        return result
+
+    def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Take an operation into account that gave `result`."""
+        packet = func.overloadpacket
+        if packet in _CPU_ATTENTION:
+            self.total += _CPU_ATTENTION[packet](*(value.shape for value in args[:4] if isinstance(value, Tensor)))
+        elif packet in flop_registry:
+            self.total += int(flop_registry[packet](*args, **kwargs, out_val=result))
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention(query: Any, key: Any, value: Any, *_: Any) -> int:
     batch, heads, length, width = query
     return int(2 * batch * heads * length * key[2] * (width + value[3]))
 
 
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward(_grad: Any, query: Any, key: Any, value: Any) -> int:
     """Five products for the forward pass's two: the scores are computed again (as torch counts on CUDA)."""
     return _attention(query, key, value) * 5 // 2
+
+
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""Of these torch knows no formula."""

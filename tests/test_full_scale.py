@@ -17,7 +17,7 @@ import full_scale
 from full_scale import TOY
 
 from rewardgen.gradients import differentiate
-from rewardgen.measure import operation_counter
+from rewardgen.measure import OperationCounter
 from rewardgen.policies import shapes
 from rewardgen.policy import noise_like_request
 from rewardgen.rewards.csd import CsdConfig, CsdModel, CsdReward
@@ -41,27 +41,27 @@ def test_dit_formula_agrees_with_the_counter(references: int) -> None:
     )
     expected = flops.dit(TOY.configs["transformer"], tokens, rank=TOY.rank, **AS_COUNTED)
     velocity = policy.velocity_fn(condition, mode="sample", image_size=(SIDE, SIDE))
-    with operation_counter() as forward:
+    with OperationCounter() as forward:
         out = velocity(latents_BLC, torch.full((1,), 0.5))
-    with operation_counter() as backward:
+    with OperationCounter() as backward:
         differentiate(out.square().sum(), list(policy.trainable().values()))
-    assert forward.get_total_flops() == expected.forward
-    assert backward.get_total_flops() == expected.backward
+    assert forward.total == expected.forward
+    assert backward.total == expected.backward
 
 
 def test_vae_formulas_agree_with_the_counter() -> None:
     policy = full_scale.make_policy(TOY, CPU, torch.float32)
     expected = flops.vae(TOY.configs["vae"], (SIDE, 2 * SIDE), **AS_COUNTED)
-    with operation_counter() as encoding:
+    with OperationCounter() as encoding:
         clean_BLC = policy.encode_pixels(torch.rand(1, 3, SIDE, 2 * SIDE))
     clean_BLC.requires_grad_()
-    with operation_counter() as forward:
+    with OperationCounter() as forward:
         pixels = policy.decode(clean_BLC, (SIDE, 2 * SIDE))
-    with operation_counter() as backward:
+    with OperationCounter() as backward:
         torch.autograd.grad(pixels.sum(), clean_BLC)
-    assert encoding.get_total_flops() == expected["encode"].forward
-    assert forward.get_total_flops() == expected["decode"].forward
-    assert backward.get_total_flops() == expected["decode"].backward
+    assert encoding.total == expected["encode"].forward
+    assert forward.total == expected["decode"].forward
+    assert backward.total == expected["decode"].backward
 
 
 def test_csd_formula_agrees_with_the_counter() -> None:
@@ -69,12 +69,12 @@ def test_csd_formula_agrees_with_the_counter() -> None:
     sizes = {name: getattr(TOY.csd, name) for name in CsdConfig.__slots__ if name != "heads"}
     expected = flops.csd(**sizes, pixels=(SIDE, SIDE), **AS_COUNTED)
     pixels = torch.rand(1, 3, SIDE, SIDE, requires_grad=True)
-    with operation_counter() as forward:
+    with OperationCounter() as forward:
         style_BD = reward.embed(pixels)
-    with operation_counter() as backward:
+    with OperationCounter() as backward:
         torch.autograd.grad(style_BD.sum(), pixels)
-    assert forward.get_total_flops() == expected.forward
-    assert backward.get_total_flops() == expected.backward
+    assert forward.total == expected.forward
+    assert backward.total == expected.backward
 
 
 def test_a_whole_step_agrees_with_the_counter(tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_a_whole_step_agrees_with_the_counter(tmp_path: Path) -> None:
     trainer = full_scale.make_trainer(policy, TOY, SIDE, tmp_path)
     trainer.learner.precision = trainer.pool.worker.precision = "fp32"  # type: ignore[attr-defined]
     trainer.step(0)
-    with operation_counter() as counted:
+    with OperationCounter() as counted:
         trainer.step(1)
     expected = sum(full_scale.operations(TOY, SIDE)["hardware"].values())
-    assert 0.9 * expected < counted.get_total_flops() <= expected
+    assert 0.9 * expected < counted.total <= expected
 
 
 def test_full_size_is_that_of_the_release() -> None:

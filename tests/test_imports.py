@@ -48,6 +48,7 @@ RANKS = {
     "rewardgen.world": 3,
     "rewardgen.trainer": 4,
     "rewardgen.config": 5,
+    "rewardgen.memory_plan": 5,
     "rewardgen.build": 6,
     "rewardgen.reward_check": 6,
     "rewardgen.commands": 6,

@@ -1,0 +1,359 @@
+"""What a train step needs, told beforehand: bytes by part and operations, from shapes alone.
+
+The plan is the step itself, run by the real learner on tensors that have a shape and a place but no memory (torch's
+fake tensors): nothing is computed, read or fetched, and whatever policy, rewards, window and optimizer an experiment
+names is in it. `benchmarks/memory_plan.py` compares it with what is measured.
+
+The figures are of tensors. Allocators, kernels' scratch memory and the device's own context come on top: `RESERVE`.
+Arithmetic is planned as on the CPU, whose autocast casts slightly less to float32 than CUDA's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rewardgen import plugins, sources
+from rewardgen.config import Experiment
+from rewardgen.errors import ConfigError, UserError
+from rewardgen.learner import Learner, MicroBatch
+from rewardgen.measure import LiveBytes, OperationCounter
+from rewardgen.objective import FLOW_MATCHING, Objective
+from rewardgen.policy import Policy
+from rewardgen.reward import Reward
+from rewardgen.rollout import RolloutWorker
+from rewardgen.settings import Plugin
+from rewardgen.types import Example, Rollout, RolloutRequest
+
+RESERVE = 0.1
+"""Share of a device's memory that a plan leaves to allocators, libraries and the device's context."""
+RATE = 400e12
+"""Operations a second that a plan's times are told for where none is given: an assumption, not a measurement."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a step needs.
+
+    Args:
+        resident: bytes that stay between steps, by part.
+        gradients: bytes of the gradients that are kept for each term of the loss, at most.
+        peak: most bytes alive at once, all of the above included.
+        encoding_peak: the same while prompts and references are encoded.
+        operations: multiplications and additions of a whole optimizer step, with recomputed activations.
+        encoding_operations: of encoding one batch, which is done once for each prompt and picture.
+        assumed: what the plan took for granted, in words.
+    """
+
+    resident: Mapping[str, int]
+    gradients: int
+    peak: int
+    encoding_peak: int
+    operations: float
+    encoding_operations: float
+    assumed: tuple[str, ...]
+
+    @property
+    def needed(self) -> int:
+        """Bytes of tensors, the larger of the two peaks."""
+        return max(self.peak, self.encoding_peak)
+
+    def fits(self, device_bytes: float) -> bool:
+        """Whether it goes on a device of so many bytes, with `RESERVE` left over."""
+        return self.needed <= (1 - RESERVE) * device_bytes
+
+
+def plan(experiment: Experiment) -> Plan:
+    """Plan a train step of one process of an experiment, with one content and one style reference for each example.
+
+    Raises:
+        UserError: the policy cannot say its sizes without its weights, or something does not fit together.
+    """
+    with _dry():
+        policy = _policy(experiment.policy)
+        policy.enable_checkpointing(experiment.train.gradient_checkpointing)
+        rewards, assumed = {}, ["one content and one style reference for each example"]
+        for name, term in experiment.objective.rewards.items():
+            rewards[name] = _reward(f"objective.rewards.{name}", term)
+        learner = Learner(
+            policy,
+            Objective(experiment.objective, rewards),
+            optimizer=experiment.optimizer,
+            window=experiment.rollout.window,
+            precision=experiment.train.precision,
+            ema_decay=experiment.train.ema_decay,
+            term_grad_norms=experiment.train.term_grad_norms,
+        )
+        return _walk(experiment, learner, assumed)
+
+
+def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]:
+    """The plan in lines of text, for a device of so many bytes and so many operations a second."""
+    rest = found.peak - sum(found.resident.values()) - found.gradients
+    rows = {**found.resident, "gradients, by term of the loss": found.gradients, "activations and temporaries": rest}
+    width = max(map(len, rows))
+    lines = [f"  {name:<{width}}  {_gigabytes(size)}" for name, size in rows.items()]
+    lines += [f"  {'a train step needs':<{width}}  {_gigabytes(found.peak)}"]
+    if found.encoding_peak > found.peak:
+        lines += [f"  {'encoding prompts and pictures needs':<{width}}  {_gigabytes(found.encoding_peak)}"]
+    fits = "fits into" if found.fits(device_bytes) else "WILL NOT FIT into"
+    lines += [
+        f"  it {fits} {device_bytes / 1e9:.0f} GB, {100 * RESERVE:.0f} % of it left to allocator and libraries",
+        f"  {found.operations / 1e12:.3g} TFLOP a step: {_duration(found.operations / rate)} at an assumed"
+        f" {rate / 1e12:.0f} TFLOP/s",
+        f"  predicted from shapes, not measured; assumed: {', '.join(found.assumed)}",
+    ]
+    return lines
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:8.3f} GB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s"
+
+
+def _walk(experiment: Experiment, learner: Learner, assumed: Iterable[str]) -> Plan:
+    """Encode, draw one step without gradient, learn."""
+    rollout, train, policy = experiment.rollout, experiment.train, learner.policy
+    _begin_optimizer(learner)
+    low, high = rollout.window.entry_bounds(rollout.num_steps)
+    examples = [_example(index, rollout.image_size) for index in range(train.batch_size)]
+    terms = [experiment.objective.flow_matching, *experiment.objective.rewards.values()]
+    step = max(term.start_step for term in terms)  # from here on all take part
+    rewards = learner.objective.rewards.values()
+    known = [*_tensors(policy), *(tensor for reward in rewards for tensor in _tensors(reward))]
+    with _Observer([*known, *learner.state()[0].values()]) as observer:
+        policy.encode(examples)
+        encoding, encoding_peak = observer.take_operations(), observer.memory.peak
+        if release := getattr(policy, "release_encoders", None):
+            release()
+        resident, before = _resident(learner), observer.memory.live
+        observer.memory.reset_peak()
+        drawn = _draw(experiment, learner, examples, low) if learner.objective.needs_rollout(step) else None
+        evaluation = observer.take_operations()
+        seeds = tuple(range(len(examples)))
+        batch = MicroBatch(examples=examples, seed_B=seeds, image_size=rollout.image_size, rollout=drawn)
+        learner.step([batch], step=step)
+        learning = observer.take_operations()
+    operations = train.accumulation * (learning + evaluation * (low + high) / 2)
+    trained = sum(_size(p) for p in policy.trainable().values())
+    held = len(learner.objective.active_rewards(step)) + (learner.objective.weight(FLOW_MATCHING, step) > 0)
+    return Plan(
+        resident=resident | {"encodings of the batch": before - sum(resident.values())},
+        gradients=held * trained * (1 + (train.accumulation > 1)),
+        # While a second micro-batch makes its gradients, the sums of the first one's are there too.
+        peak=observer.memory.peak + (held * trained if train.accumulation > 1 else 0),
+        encoding_peak=encoding_peak,
+        operations=operations,
+        encoding_operations=encoding,
+        assumed=tuple(assumed),
+    )
+
+
+def _draw(experiment: Experiment, learner: Learner, examples: list[Example], entry: int) -> Rollout:
+    """A rollout of a single step that says it has taken as many as the longest window leaves."""
+    rollout = experiment.rollout
+    request = RolloutRequest(
+        step=0,
+        examples=examples,
+        seed_B=tuple(range(len(examples))),
+        image_size=rollout.image_size,
+        num_steps=rollout.num_steps,
+        stop_step=1,
+    )
+    worker = RolloutWorker(learner.policy, precision=experiment.train.precision)
+    drawn = worker.rollout(request, learner.publish())
+    return dataclasses.replace(drawn, trajectory=dataclasses.replace(drawn.trajectory, entry_step=entry))
+
+
+def _begin_optimizer(learner: Learner) -> None:
+    """Give AdamW the state that it has from its second step on."""
+    tensors, state = learner.state()
+    moments = {f"adamw/step/{name}": torch.zeros(()) for name in learner.policy.trainable()}
+    for name, parameter in learner.policy.trainable().items():
+        moments |= {f"adamw/{key}/{name}": torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+    learner.load_state(tensors | moments, state)
+
+
+def _resident(learner: Learner) -> dict[str, int]:
+    """Bytes by part: the policy's modules, what is trained of them, the optimizer's moments, averages, rewards."""
+    trained = {id(parameter) for parameter in learner.policy.trainable().values()}
+    parts: dict[str, int] = {}
+    for name, child in learner.policy.named_children():
+        if size := sum(_size(tensor) for tensor in _tensors(child) if id(tensor) not in trained):
+            parts[f"{name}, frozen"] = size
+    parts["trained parameters"] = sum(_size(p) for p in learner.policy.trainable().values())
+    tensors = learner.state()[0]
+    for label, prefix in (("AdamW's moments", "adamw/"), ("averaged weights", "average/")):
+        if size := sum(_size(tensor) for name, tensor in tensors.items() if name.startswith(prefix)):
+            parts[label] = size
+    for name, reward in learner.objective.rewards.items():
+        if size := sum(map(_size, _tensors(reward))):
+            parts[f"reward {name}"] = size
+    return parts
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _example(index: int, image_size: tuple[int, int]) -> Example:
+    content, style, target = (torch.zeros(3, *image_size) for _ in range(3))
+    return Example(id=str(index), prompt="a picture", content_refs=(content,), style_refs=(style,), target=target)
+
+
+def _policy(plugin: Plugin) -> Policy:
+    made: Policy = _blueprint("policy", "policies", plugin)
+    return made
+
+
+def _reward(path: str, plugin: Plugin) -> Reward:
+    made: Reward = _blueprint(path, "rewards", plugin)
+    return made
+
+
+def _blueprint(path: str, kind: plugins.Kind, plugin: Plugin) -> Any:
+    """A plug-in of the right sizes: its `blueprint` where it has one, else the thing itself, where it is here."""
+    cls = plugins.resolve(kind, plugin.use)
+    target = plugins.factory(cls)
+    args = plugins.check_args(target, sources.materialise(plugin.args, f"{path}.args", fetch=False), f"{path}.args")
+    if hasattr(cls, "blueprint"):
+        return cls.blueprint(**args)
+    missing = [s.text for s in sources.find_sources(plugin.args, f"{path}.args") if s.location is None]
+    if missing:
+        raise ConfigError(f"{path}: {cls.__name__} cannot be planned before {', '.join(missing)} is here")
+    try:
+        return target(**args)
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path}: {cls.__name__} cannot be made without weights ({type(error).__name__})") from error
+
+
+# -- tensors without memory --------------------------------------------------------------------------------------
+
+
+class _Observer(TorchDispatchMode):
+    """Counts bytes and operations. One mode for both: each costs as much as the operations themselves."""
+
+    def __init__(self, resident: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.memory, self._counter = LiveBytes(resident), OperationCounter()
+
+    def take_operations(self) -> int:
+        """Operations since this was last asked."""
+        total, self._counter.total = self._counter.total, 0
+        return total
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = _answer(func, args, kwargs or {})
+        self.memory.see(result)
+        self._counter.count(func, args, kwargs or {}, result)
+        return result
+
+
+class _Answers(TorchDispatchMode):
+    """Only answers, see `_answer`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _answer(func, args, kwargs or {})
+
+
+_ATEN = torch.ops.aten
+
+
+def _answer(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives. Code asks for values that are not there: numbers are 1, flags are up, masks choose
+    everything; but `any` finds nothing, since it is asked about what is wrong."""
+    if func is _ATEN._local_scalar_dense.default:
+        if args[0].dtype == torch.bool:
+            return not hasattr(args[0], "_of_any")
+        return 1.0 if args[0].is_floating_point() else 1
+    if func is _ATEN.equal.default:
+        return True
+    if func is _ATEN.index.Tensor:
+        args = (args[0], [_all(index) if index is not None else None for index in args[1]])
+    result = func(*args, **kwargs)
+    if func.overloadpacket is _ATEN.any:
+        result._of_any = True
+    return result
+
+
+def _all(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    if mask.dim() != 1:
+        raise ConfigError("a mask of several dimensions chooses values, which a plan cannot follow")
+    return torch.arange(len(mask), device=mask.device)
+
+
+def _black(tensor: Tensor) -> Any:
+    """Pictures that leave torch for NumPy or Pillow leave it black."""
+    import numpy as np
+
+    return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
+
+@contextmanager
+def _dry() -> Iterator[None]:
+    """Tensors made within have no memory. What functions remembered within is forgotten."""
+    _forget()
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            _Answers(),
+            mock.patch.object(Tensor, "numpy", _black),
+            mock.patch.object(nn.Module, "_apply", _apply),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of addresses that mean nothing here
+            yield
+    finally:
+        logging.disable(quiet)
+        _forget()
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module.to` and its kin. torch's own way puts new memory under a parameter, which these have none of."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = change(parameter)
+            if changed is not parameter:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
+def _forget() -> None:
+    for thing in gc.get_objects():
+        if type(thing) is functools._lru_cache_wrapper:
+            package = (getattr(thing, "__module__", None) or "").partition(".")[0]
+            if package not in sys.stdlib_module_names and package not in ("torch", "transformers"):
+                thing.cache_clear()
