@@ -141,9 +141,9 @@ def load_text(sources: Sources, dtype: torch.dtype) -> dict[str, Any]:
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
     return {
-        "text_encoder": _load(CLIPTextModel, *sources.place("text_encoder"), dtype=dtype),
+        "text_encoder": _load(CLIPTextModel, *sources.place("text_encoder"), **_told(dtype)),
         "tokenizer": _read(AutoTokenizer, *sources.place("tokenizer")),
-        "text_encoder_2": _load(T5EncoderModel, *sources.place("text_encoder_2"), dtype=dtype),
+        "text_encoder_2": _load(T5EncoderModel, *sources.place("text_encoder_2"), **_told(dtype)),
         "tokenizer_2": _read(AutoTokenizer, *sources.place("tokenizer_2")),
     }
 
@@ -152,8 +152,13 @@ def load_siglip(source: str, dtype: torch.dtype) -> SiglipVisionModel:
     """The encoder of style pictures. Raises CheckpointError like `load_parts`."""
     from transformers import SiglipVisionModel
 
-    model: SiglipVisionModel = _load(SiglipVisionModel, source, "", dtype=dtype)
+    model: SiglipVisionModel = _load(SiglipVisionModel, source, "", **_told(dtype))
     return model
+
+
+def _told(dtype: torch.dtype) -> dict[str, Any]:
+    """Options of transformers: it tells tensors of another shape only where it may go on without them."""
+    return {"dtype": dtype, "ignore_mismatched_sizes": True}
 
 
 def encoding_fingerprints(sources: Sources, settings: Mapping[str, object]) -> dict[str, str]:
@@ -223,8 +228,11 @@ def _load(kind: Any, source: str, subfolder: str, **options: Any) -> Any:
             f"{place}: tensor '{missing[0]}' is missing ({len(missing)} missing in all); fetch its weights again"
         )
     if mismatched := sorted(info.get("mismatched_keys") or ()):
-        name, found, wanted = (*mismatched[0], "", "")[:3]
-        raise CheckpointError(f"{place}: tensor '{name}' has shape {tuple(found)}; this model needs {tuple(wanted)}")
+        name, found, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{place}: tensor '{name}' has shape {tuple(found)}; this model needs {tuple(wanted)}: its weights are not"
+            " those of its config.json, fetch both again"
+        )
     return model.eval()
 
 

@@ -87,6 +87,8 @@ def plan(experiment: Experiment) -> Plan:
         policy = _policy(experiment.policy)
         policy.enable_checkpointing(experiment.train.gradient_checkpointing)
         rewards, assumed = {}, ["one content and one style reference for each example"]
+        if experiment.train.strategy == "fsdp":
+            assumed.append("the model whole on one device, where fsdp holds a part on each")
         for name, term in experiment.objective.rewards.items():
             rewards[name] = _reward(f"objective.rewards.{name}", term)
         learner = Learner(

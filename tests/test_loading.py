@@ -12,12 +12,14 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.policies import official, parts, reading, shapes
 from rewardgen.policies.parts import FluxParts, Sources, load_parts
 from rewardgen.policies.uso import UsoPolicy
 from rewardgen.policy import noise_like_request
+from rewardgen.types import Example
 from tests.test_uso_policy import EXAMPLES, SIZE, TIMES, make_parts, make_tokenizer, velocities
 
 WIDTHS = (32, 64)
@@ -80,11 +82,20 @@ def test_folders_and_single_files_are_one_policy(released: Path) -> None:
     ours, theirs = policy_of(load_parts(files)), policy_of(load_parts(str(released / "base")))
     plain = [replace(example, style_refs=()) for example in EXAMPLES]
     latents = noise_like_request(ours, range(len(plain)), SIZE)
+    pixels = torch.rand(1, 3, *SIZE)
     with torch.no_grad():
-        assert torch.equal(velocities(ours, plain, latents, TIMES), velocities(theirs, plain, latents, TIMES))
-        assert torch.equal(ours.decode(latents, SIZE), theirs.decode(latents, SIZE))
-        pixels = torch.rand(1, 3, *SIZE)
-        assert torch.equal(ours.encode_pixels(pixels), theirs.encode_pixels(pixels))
+        for one, other in zip(*(outputs(policy, plain, latents, pixels) for policy in (ours, theirs)), strict=True):
+            # The parameters are equal to the last bit (below); where they lie in memory may move a product's last bit.
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+
+
+def outputs(policy: UsoPolicy, examples: list[Example], latents: Tensor, pixels: Tensor) -> list[Tensor]:
+    """Velocities, a decoded picture and an encoded one."""
+    return [
+        velocities(policy, examples, latents, TIMES),
+        policy.decode(latents, SIZE),
+        policy.encode_pixels(pixels),
+    ]
 
 
 def test_names_go_there_and_back(released: Path, tmp_path: Path) -> None:
@@ -146,7 +157,9 @@ def damaged(released: Path, tmp_path: Path, part: str, change: Any) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize(("part", "key"), [("vae", "decoder.conv_in.weight"), ("text_encoder_2", "shared.weight")])
+@pytest.mark.parametrize(
+    ("part", "key"), [("vae", "decoder.conv_in.weight"), ("text_encoder_2", "encoder.final_layer_norm.weight")]
+)
 def test_missing_tensors_are_named(released: Path, tmp_path: Path, part: str, key: str) -> None:
     base = damaged(released, tmp_path, part, lambda tensors: tensors.pop(key))
     with pytest.raises(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -63,8 +62,6 @@ class HuggingFaceDataset:
         return self
 
     def _take(self, rows: Any, place: str, columns: Mapping[str, str | None], limit: int | None) -> None:
-        import datasets
-
         there = list(rows.column_names)
         for key, column in columns.items():
             if column is not None and column != key and column not in there:
@@ -75,14 +72,8 @@ class HuggingFaceDataset:
         self._columns = {key: column for key, column in columns.items() if column in there}
         if not self._columns.keys() - {"id"}:
             raise DatasetError(f"{place}: none of its columns is known: {', '.join(there)}; name them in `args`")
-        self._rows = rows.select(range(min(limit or len(rows), len(rows))))
-        for column, feature in rows.features.items():
-            # Bytes, not Pillow's picture: our own reader turns, checks and names what it reads.
-            inner = getattr(feature, "feature", None)
-            if isinstance(feature, datasets.Image):
-                self._rows = self._rows.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(inner, datasets.Image):
-                self._rows = self._rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        # As Arrow holds them: pictures stay bytes, for our own reader turns, checks and names what it reads.
+        self._rows = rows.select(range(min(limit or len(rows), len(rows)))).with_format("arrow")
         if not len(self._rows):
             raise DatasetError(f"{place}: the dataset has no rows")
 
@@ -91,7 +82,7 @@ class HuggingFaceDataset:
 
     def __getitem__(self, index: int) -> Example:
         """The example of row `index`. Raises ImageError or DatasetError for what cannot be read."""
-        row = self._rows[int(index)]
+        row = self._rows[int(index) : int(index) + 1].to_pylist()[0]
         found = {key: row[column] for key, column in self._columns.items()}
         name = str(found["id"]) if found.get("id") not in (None, "") else f"{index:06d}"
         target = found.get("target")
@@ -142,8 +133,4 @@ def _picture(value: Any, place: str) -> Tensor:
     path = value.get("path") if isinstance(value, Mapping) else value
     if isinstance(path, str):
         return load_image(Path(path))
-    if hasattr(value, "save"):  # Pillow's own, where a column was never cast to pictures
-        buffer = io.BytesIO()
-        value.save(buffer, format="PNG")
-        return decode_image(buffer.getvalue(), place)
     raise DatasetError(f"{place}: a {type(value).__name__} is no picture")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import re
 import tarfile
@@ -97,8 +98,6 @@ class ShardDataset:
         piece = self._entries[index][1].target
         if piece is None:
             return None
-        import io
-
         return picture_size(io.BytesIO(_bytes(piece)), f"{piece.shard}: {piece.name}")
 
 
