@@ -39,7 +39,7 @@ from rewardgen.objective import Objective, ObjectiveConfig
 from rewardgen.policies import official, shapes
 from rewardgen.policies.packing import PATCH
 from rewardgen.policies.projector import LEVELS, StyleProjector
-from rewardgen.policies.uso import DEFAULT_STYLE_TOKENS, UsoPolicy
+from rewardgen.policies.uso import UsoPolicy
 from rewardgen.policy import noise_like_request
 from rewardgen.rewards.csd import CsdConfig, CsdModel, CsdReward
 from rewardgen.rollout import RolloutConfig, RolloutWorker, velocity_fn
@@ -78,7 +78,7 @@ FULL = Scale(
     configs={"transformer": shapes.FLUX, "vae": shapes.FLUX_VAE, "siglip": shapes.SIGLIP_SO400M},
     csd=CsdConfig(),
     text_tokens=512,
-    style_tokens_per_level=DEFAULT_STYLE_TOKENS,
+    style_tokens_per_level=shapes.DEFAULT_STYLE_TOKENS,
     rank=128,
     content_side=512,
     product_side=8192,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rewardgen.errors import CheckpointError, ConfigError
+from rewardgen.policies import official
 from rewardgen.policies.parts import SINGLE_FILE, BlankTokenizer, FluxParts, Sources
 from rewardgen.policies.projector import StyleProjector
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import SiglipVisionModel
 
 Config = Mapping[str, Any]
+
+DEFAULT_RANK = 128
+DEFAULT_STYLE_TOKENS = 64
+"""For each of the three levels, as released."""
 
 FLUX: Config = {
     "in_channels": 64,
@@ -159,6 +165,40 @@ def configs_of(sources: Sources) -> dict[str, Config]:
     if sources.siglip is not None:
         configs["siglip"] = config_of(sources.siglip)
     return configs
+
+
+def take_shapes(
+    base: str | None, options: dict[str, Any], *, dtype: torch.dtype
+) -> tuple[FluxParts, StyleProjector | None]:
+    """Parts and projector of the sizes that `UsoPolicy.from_pretrained` would load, freshly initialised.
+
+    Args:
+        options: its other arguments. What is used up leaves, what loads encoders late comes in their place.
+
+    Raises:
+        CheckpointError: the sizes of a part are not known.
+        ConfigError: sizes that make no model.
+    """
+    named = {part: options.pop(part, None) for part in ("transformer", "vae", "text_encoder", "text_encoder_2")}
+    sources = Sources(base=base, siglip=options.pop("siglip", None), **named)
+    lora, projector, encodings = (options.pop(name, None) for name in ("lora", "projector", "encodings"))
+    tokens_per_level = options.pop("style_tokens_per_level", DEFAULT_STYLE_TOKENS)
+    configs = configs_of(sources)
+    vision = configs.get("siglip")
+    if encodings is not None:
+        text = {part: configs.pop(part) for part in ("text_encoder", "text_encoder_2")}
+        options["load_text"] = partial(make_text, text, dtype)
+        if vision is not None:
+            options["load_siglip"] = partial(make_siglip, configs.pop("siglip"), dtype)
+    parts = make_parts(configs, dtype=dtype)
+    style: StyleProjector | None = None
+    if vision is not None and (projector is not None or "projector" in options.get("train", ())):
+        found = shape_in_file(projector, f"{official.PROJECTOR_PREFIX}high_embedding_linear.0.weight")
+        style = make_projector(vision, found[0] if found else tokens_per_level, parts.transformer.inner_dim)
+    if lora is not None:
+        found = shape_in_file(lora, "double_blocks.0.processor.qkv_lora1.down.weight")
+        official.add_lora(parts.transformer, found[0] if found else options.get("lora_rank") or DEFAULT_RANK)
+    return parts, style
 
 
 def make_parts(configs: Mapping[str, Config], *, dtype: torch.dtype = torch.float32) -> FluxParts:

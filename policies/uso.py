@@ -32,6 +32,7 @@ from rewardgen.policies.parts import (
     load_text,
 )
 from rewardgen.policies.projector import StyleProjector
+from rewardgen.policies.shapes import DEFAULT_RANK, DEFAULT_STYLE_TOKENS
 from rewardgen.policies.trained import Part, require_gradients, save_trained
 from rewardgen.policy import Mode, Policy
 from rewardgen.types import Condition, Example, VelocityFn
@@ -43,9 +44,6 @@ Schedule = Literal["official", "token_count"]
 VaeEncode = Literal["mean", "sample"]
 BaseDtype = Literal["fp32", "bf16"]
 
-DEFAULT_RANK = 128
-DEFAULT_STYLE_TOKENS = 64
-"""For each of the three levels, as released."""
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -229,27 +227,7 @@ class UsoPolicy(Policy):
             ConfigError: the parts do not fit together.
         """
         dtype = DTYPES[options.pop("base_dtype", "fp32")]
-        named = {part: options.pop(part, None) for part in ("transformer", "vae", "text_encoder", "text_encoder_2")}
-        sources = Sources(base=base, siglip=options.pop("siglip", None), **named)
-        lora, projector, encodings = (options.pop(name, None) for name in ("lora", "projector", "encodings"))
-        configs = shapes.configs_of(sources)
-        late: dict[str, Any] = {}
-        if encodings is not None:
-            text = {part: configs.pop(part) for part in ("text_encoder", "text_encoder_2")}
-            late = {"load_text": partial(shapes.make_text, text, dtype)}
-        vision = configs.pop("siglip", None)
-        if vision is not None and encodings is not None:
-            late["load_siglip"] = partial(shapes.make_siglip, vision, dtype)
-        parts = shapes.make_parts(configs | ({"siglip": vision} if vision and not late else {}), dtype=dtype)
-        style: StyleProjector | None = None
-        tokens_per_level = options.pop("style_tokens_per_level", DEFAULT_STYLE_TOKENS)
-        if vision is not None and (projector is not None or "projector" in options.get("train", ())):
-            found = shapes.shape_in_file(projector, f"{official.PROJECTOR_PREFIX}high_embedding_linear.0.weight")
-            style = shapes.make_projector(vision, found[0] if found else tokens_per_level, parts.transformer.inner_dim)
-        if lora is not None:
-            found = shapes.shape_in_file(lora, "double_blocks.0.processor.qkv_lora1.down.weight")
-            official.add_lora(parts.transformer, found[0] if found else options.get("lora_rank") or DEFAULT_RANK)
-        policy = cls(parts, style, **options, **late)
+        policy = cls(*shapes.take_shapes(base, options, dtype=dtype), **options)
         policy.cast_frozen(dtype)
         return policy
 

@@ -11,27 +11,18 @@ Arithmetic is planned as on the CPU, whose autocast casts slightly less to float
 from __future__ import annotations
 
 import dataclasses
-import functools
-import gc
-import logging
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewardgen import plugins, sources
 from rewardgen.config import Experiment
+from rewardgen.dry_run import Observer, dry
 from rewardgen.errors import ConfigError, UserError
 from rewardgen.learner import Learner, MicroBatch
-from rewardgen.measure import LiveBytes, OperationCounter
 from rewardgen.objective import FLOW_MATCHING, Objective
 from rewardgen.policy import Policy
 from rewardgen.reward import Reward
@@ -83,7 +74,7 @@ def plan(experiment: Experiment) -> Plan:
     Raises:
         UserError: the policy cannot say its sizes without its weights, or something does not fit together.
     """
-    with _dry():
+    with dry():
         policy = _policy(experiment.policy)
         policy.enable_checkpointing(experiment.train.gradient_checkpointing)
         rewards, assumed = {}, ["one content and one style reference for each example"]
@@ -140,7 +131,7 @@ def _walk(experiment: Experiment, learner: Learner, assumed: Iterable[str]) -> P
     step = max(term.start_step for term in terms)  # from here on all take part
     rewards = learner.objective.rewards.values()
     known = [*_tensors(policy), *(tensor for reward in rewards for tensor in _tensors(reward))]
-    with _Observer([*known, *learner.state()[0].values()]) as observer:
+    with Observer([*known, *learner.state()[0].values()]) as observer:
         policy.encode(examples)
         encoding, encoding_peak = observer.take_operations(), observer.memory.peak
         if release := getattr(policy, "release_encoders", None):
@@ -251,111 +242,3 @@ def _blueprint(path: str, kind: plugins.Kind, plugin: Plugin) -> Any:
         raise
     except Exception as error:
         raise ConfigError(f"{path}: {cls.__name__} cannot be made without weights ({type(error).__name__})") from error
-
-
-# -- tensors without memory --------------------------------------------------------------------------------------
-
-
-class _Observer(TorchDispatchMode):
-    """Counts bytes and operations. One mode for both: each costs as much as the operations themselves."""
-
-    def __init__(self, resident: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.memory, self._counter = LiveBytes(resident), OperationCounter()
-
-    def take_operations(self) -> int:
-        """Operations since this was last asked."""
-        total, self._counter.total = self._counter.total, 0
-        return total
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = _answer(func, args, kwargs or {})
-        self.memory.see(result)
-        self._counter.count(func, args, kwargs or {}, result)
-        return result
-
-
-class _Answers(TorchDispatchMode):
-    """Only answers, see `_answer`."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _answer(func, args, kwargs or {})
-
-
-_ATEN = torch.ops.aten
-
-
-def _answer(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation gives. Code asks for values that are not there: numbers are 1, flags are up, masks choose
-    everything; but `any` finds nothing, since it is asked about what is wrong."""
-    if func is _ATEN._local_scalar_dense.default:
-        if args[0].dtype == torch.bool:
-            return not hasattr(args[0], "_of_any")
-        return 1.0 if args[0].is_floating_point() else 1
-    if func is _ATEN.equal.default:
-        return True
-    if func is _ATEN.index.Tensor:
-        args = (args[0], [_all(index) if index is not None else None for index in args[1]])
-    result = func(*args, **kwargs)
-    if func.overloadpacket is _ATEN.any:
-        result._of_any = True
-    return result
-
-
-def _all(mask: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    if mask.dim() != 1:
-        raise ConfigError("a mask of several dimensions chooses values, which a plan cannot follow")
-    return torch.arange(len(mask), device=mask.device)
-
-
-def _black(tensor: Tensor) -> Any:
-    """Pictures that leave torch for NumPy or Pillow leave it black."""
-    import numpy as np
-
-    return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
-
-
-@contextmanager
-def _dry() -> Iterator[None]:
-    """Tensors made within have no memory. What functions remembered within is forgotten."""
-    _forget()
-    quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            _Answers(),
-            mock.patch.object(Tensor, "numpy", _black),
-            mock.patch.object(nn.Module, "_apply", _apply),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # of addresses that mean nothing here
-            yield
-    finally:
-        logging.disable(quiet)
-        _forget()
-
-
-def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`Module.to` and its kin. torch's own way puts new memory under a parameter, which these have none of."""
-    for child in module.children() if recurse else ():
-        child._apply(change)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            with torch.no_grad():
-                changed = change(parameter)
-            if changed is not parameter:
-                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else change(buffer)
-    return module
-
-
-def _forget() -> None:
-    for thing in gc.get_objects():
-        if type(thing) is functools._lru_cache_wrapper:
-            package = (getattr(thing, "__module__", None) or "").partition(".")[0]
-            if package not in sys.stdlib_module_names and package not in ("torch", "transformers"):
-                thing.cache_clear()

@@ -22,6 +22,7 @@ RANKS = {
     "rewardgen.checkpoint": 1,
     "rewardgen.data": 1,
     "rewardgen.distributed": 1,
+    "rewardgen.dry_run": 2,
     "rewardgen.flow": 1,
     "rewardgen.interrupt": 1,
     "rewardgen.manifest": 1,

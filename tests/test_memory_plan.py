@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import memory_plan as benchmark
 
 from rewardgen.config import load_experiment
+from rewardgen.dry_run import dry
 from rewardgen.errors import UserError
 from rewardgen.measure import LiveBytes, OperationCounter
-from rewardgen.memory_plan import Plan, _dry, plan, render
+from rewardgen.memory_plan import Plan, plan, render
 from rewardgen.policies import shapes
 from rewardgen.types import Example
 
@@ -88,7 +89,7 @@ def _remembered() -> Tensor:
 
 
 def test_nothing_of_a_dry_run_stays() -> None:
-    with _dry():
+    with dry():
         assert isinstance(_remembered(), FakeTensor)
         assert torch.zeros(2).tolist() == [1.0, 1.0]
         assert bool(torch.zeros(2, dtype=torch.bool).all())
@@ -110,7 +111,9 @@ def test_prediction_agrees_with_measurement(case: str) -> None:
 def test_plan_of_parts_that_are_not_here() -> None:
     """Full width, few blocks: what is told stands on shapes alone, and no file is read."""
     overrides = [
-        "policy.args={base: black-forest-labs/FLUX.1-dev, base_dtype: bf16, encodings: nowhere, lora_rank: 16}",
+        *("policy.args.base=black-forest-labs/FLUX.1-dev", "policy.args.base_dtype=bf16"),
+        *("policy.args.encodings=nowhere", "policy.args.lora_rank=16"),
+        *(f"policy.args.{name}=null" for name in ("siglip", "projector", "lora")),
         "rollout.image_size=[64, 64]",
         "train.batch_size=1",
         "objective.rewards.style.args.checkpoint=nowhere.pth",
