@@ -123,7 +123,7 @@ def load_parts(
     from diffusers import AutoencoderKL, FluxTransformer2DModel
 
     sources = base if isinstance(base, Sources) else Sources(base=base, siglip=siglip)
-    singles = {"transformer": official.load_transformer, "vae": official.load_vae}
+    singles: dict[str, Any] = {"transformer": official.load_transformer, "vae": official.load_vae}
     models = {}
     for part, kind in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL)):
         source, subfolder = sources.place(part)

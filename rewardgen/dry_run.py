@@ -29,7 +29,7 @@ class Observer(TorchDispatchMode):
     """Counts bytes and operations. One mode for both: each costs as much as the operations themselves."""
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.memory, self._counter = LiveBytes(resident), OperationCounter()
 
     def take_operations(self) -> int:
@@ -95,7 +95,7 @@ def dry() -> Iterator[None]:
     try:
         with (
             FakeTensorMode(allow_non_fake_inputs=True),
-            _Answers(),
+            _Answers(),  # type: ignore[no-untyped-call]
             mock.patch.object(Tensor, "numpy", _black),
             mock.patch.object(nn.Module, "_apply", _apply),
             warnings.catch_warnings(),

@@ -126,9 +126,10 @@ class Learner:
             if self.objective.weight(FLOW_MATCHING, step) > 0:
                 with clock.phase("flow_matching"):
                     self._flow_matching(batch, sums)
-            for trajectory in by_entry(batch.rollout.trajectory) if batch.rollout is not None else ():
-                rollout = replace(batch.rollout, trajectory=trajectory)
-                self._rewards(rollout, batch.image_size, sums, step=step, merge=merge, clock=clock)
+            if (rollout := batch.rollout) is not None:
+                for trajectory in by_entry(rollout.trajectory):
+                    entered = replace(rollout, trajectory=trajectory)
+                    self._rewards(entered, batch.image_size, sums, step=step, merge=merge, clock=clock)
         with clock.phase("optimizer"):
             self._sum_over_processes(sums, step)
 

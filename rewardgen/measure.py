@@ -60,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, resident: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: dict[int, int] = {}
         for tensor in resident:
@@ -105,7 +105,7 @@ class OperationCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,7 +119,8 @@ class OperationCounter(TorchDispatchMode):
         if packet in _CPU_ATTENTION:
             self.total += _CPU_ATTENTION[packet](*(value.shape for value in args[:4] if isinstance(value, Tensor)))
         elif packet in flop_registry:
-            self.total += int(flop_registry[packet](*args, **kwargs, out_val=result))
+            formula: Any = flop_registry[packet]
+            self.total += int(formula(*args, **kwargs, out_val=result))
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any) -> int:

@@ -127,7 +127,7 @@ def _walk(experiment: Experiment, learner: Learner, assumed: Iterable[str]) -> P
     _begin_optimizer(learner)
     low, high = rollout.window.entry_bounds(rollout.num_steps)
     examples = [_example(index, rollout.image_size) for index in range(train.batch_size)]
-    terms = [experiment.objective.flow_matching, *experiment.objective.rewards.values()]
+    terms: list[Any] = [experiment.objective.flow_matching, *experiment.objective.rewards.values()]
     step = max(term.start_step for term in terms)  # from here on all take part
     rewards = learner.objective.rewards.values()
     known = [*_tensors(policy), *(tensor for reward in rewards for tensor in _tensors(reward))]

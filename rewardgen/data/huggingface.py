@@ -86,14 +86,15 @@ class HuggingFaceDataset:
         found = {key: row[column] for key, column in self._columns.items()}
         name = str(found["id"]) if found.get("id") not in (None, "") else f"{index:06d}"
         target = found.get("target")
+        references: dict[str, Any] = {
+            field: tuple(_picture(value, f"row {name}: {self._columns[key]}") for value in _as_list(found.get(key)))
+            for key, field in _REFERENCES.items()
+        }
         return Example(
             id=name,
             prompt=found.get("prompt") or "",
             target=None if target is None else _picture(target, f"row {name}: {self._columns['target']}"),
-            **{
-                field: tuple(_picture(value, f"row {name}: {self._columns[key]}") for value in _as_list(found.get(key)))
-                for key, field in _REFERENCES.items()
-            },
+            **references,
         )
 
 
