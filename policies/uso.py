@@ -120,7 +120,7 @@ class UsoPolicy(Policy):
     @classmethod
     def from_pretrained(
         cls,
-        base: str | None = None,
+        base: str | None,
         *,
         transformer: str | None = None,
         vae: str | None = None,
@@ -145,7 +145,8 @@ class UsoPolicy(Policy):
         """Load a policy; options not named here are those of the class.
 
         Args:
-            base: folder or hub id in the layout of a diffusers `FluxPipeline`, for all parts not named below.
+            base: folder or hub id in the layout of a diffusers `FluxPipeline`, for all parts not named below; None
+                where they are all named.
             transformer, vae: in place of the base's; also the single files of Black Forest Labs' own release.
             text_encoder, text_encoder_2: in place of the base's, each a folder or hub id with its tokenizer.
             siglip: folder or hub id of a SigLIP vision model; needed for style pictures.
@@ -216,7 +217,7 @@ class UsoPolicy(Policy):
         return policy
 
     @classmethod
-    def blueprint(cls, base: str | None = None, **options: Any) -> Self:
+    def blueprint(cls, base: str | None, **options: Any) -> Self:
         """A policy of the right sizes whose weights mean nothing, where the caller is (`with torch.device(...)`).
 
         It takes the arguments of `from_pretrained`. Sizes come from the files that are here, else from the table of

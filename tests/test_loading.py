@@ -123,6 +123,7 @@ def test_names_go_there_and_back(released: Path, tmp_path: Path) -> None:
 
 def test_whole_policy_from_single_files(released: Path) -> None:
     policy = UsoPolicy.from_pretrained(
+        None,
         transformer=str(released / "flux1-dev.safetensors"),
         vae=str(released / "ae.safetensors"),
         text_encoder=str(released / "text_encoder"),
@@ -142,7 +143,7 @@ def test_whole_policy_from_single_files(released: Path) -> None:
         velocity = velocities(policy, EXAMPLES[:3], noise_like_request(policy, range(3), SIZE), TIMES[:3])
     assert bool(velocity.isfinite().all())
     with pytest.raises(ConfigError, match="needs `base`, or else `vae`"):
-        UsoPolicy.from_pretrained(transformer=str(released / "flux1-dev.safetensors"))
+        UsoPolicy.from_pretrained(None, transformer=str(released / "flux1-dev.safetensors"))
 
 
 def damaged(released: Path, tmp_path: Path, part: str, change: Any) -> Path:
