@@ -147,7 +147,7 @@ class FluxEncoder:
         """Packed tokens by row and column [rows, columns, P]."""
         latents_1CHW = vae_latents(self.parts.vae, signed_13HW, noise)
         rows, columns = latents_1CHW.shape[2] // PATCH, latents_1CHW.shape[3] // PATCH
-        tokens_RCP: Tensor = pack(latents_1CHW)[0].unflatten(0, (rows, columns))  # type: ignore[no-untyped-call]
+        tokens_RCP: Tensor = pack(latents_1CHW)[0].unflatten(0, (rows, columns))
         return tokens_RCP
 
     def style(self, image_3HW: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,7 +117,8 @@ class OperationCounter(TorchDispatchMode):
         """Take an operation into account that gave `result`."""
         packet = func.overloadpacket
         if packet in _CPU_ATTENTION:
-            self.total += _CPU_ATTENTION[packet](*(value.shape for value in args[:4] if isinstance(value, Tensor)))
+            shapes = [value.shape for value in args[:4] if isinstance(value, Tensor)]
+            self.total += _CPU_ATTENTION[packet](*shapes)
         elif packet in flop_registry:
             formula: Any = flop_registry[packet]
             self.total += int(formula(*args, **kwargs, out_val=result))
@@ -133,7 +134,7 @@ def _attention_backward(_grad: Any, query: Any, key: Any, value: Any) -> int:
     return _attention(query, key, value) * 5 // 2
 
 
-_CPU_ATTENTION = {
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

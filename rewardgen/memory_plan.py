@@ -106,7 +106,7 @@ def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]
     fits = "fits into" if found.fits(device_bytes) else "WILL NOT FIT into"
     lines += [
         f"  it {fits} {device_bytes / 1e9:.0f} GB, {100 * RESERVE:.0f} % of it left to allocator and libraries",
-        f"  {found.operations / 1e12:.3g} TFLOP a step: {_duration(found.operations / rate)} at an assumed"
+        f"  {_operations(found.operations)} a step: {_duration(found.operations / rate)} at an assumed"
         f" {rate / 1e12:.0f} TFLOP/s",
         f"  predicted from shapes, not measured; assumed: {', '.join(found.assumed)}",
     ]
@@ -115,6 +115,10 @@ def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:8.3f} GB"
+
+
+def _operations(number: float) -> str:
+    return f"{number / 1e15:.1f} PFLOP" if number >= 1e15 else f"{number / 1e12:.3g} TFLOP"
 
 
 def _duration(seconds: float) -> str:
