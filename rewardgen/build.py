@@ -290,8 +290,8 @@ def _print_plan(console: Console, experiment: Experiment, device_bytes: float | 
         console.print(f"what a step needs cannot be told yet: {error}", highlight=False, markup=False)
         return
     if device_bytes is None:
-        device = choose_device(experiment.train.device)
-        device_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80e9
+        there = torch.cuda.is_available() and experiment.train.device != "cpu"
+        device_bytes = torch.cuda.get_device_properties(0).total_memory if there else 80e9
     console.print("what a step needs on each device:")
     for line in memory_plan.render(found, device_bytes=device_bytes):
         console.print(line, highlight=False, markup=False)

@@ -91,7 +91,14 @@ def plan(experiment: Experiment) -> Plan:
             ema_decay=experiment.train.ema_decay,
             term_grad_norms=experiment.train.term_grad_norms,
         )
-        return _walk(experiment, learner, assumed)
+        try:
+            return _walk(experiment, learner, assumed)
+        except UserError:
+            raise
+        except Exception as error:
+            # A plug-in that looks at its numbers in a way that made-up ones do not satisfy.
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(f"a step cannot be planned from shapes alone: {reason}") from error
 
 
 def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import memory_plan as benchmark
 
-from rewardgen.config import load_experiment
+from rewardgen import strict_yaml
+from rewardgen.config import Experiment, load_experiment
 from rewardgen.dry_run import dry
 from rewardgen.errors import UserError
 from rewardgen.measure import LiveBytes, OperationCounter
 from rewardgen.memory_plan import Plan, plan, render
 from rewardgen.policies import shapes
-from rewardgen.types import Example
+from rewardgen.types import Example, Score
+from tests.test_cli import TOY
+from tests.toys import ToyPolicy, ToyReward
 
 EXPERIMENT = Path(__file__).resolve().parent.parent / "experiments" / "uso_srl.yaml"
 KB = 4 * 256
@@ -155,3 +159,18 @@ def test_it_says_whether_it_fits() -> None:
     assert "10 s at an assumed 400 TFLOP/s" in text
     assert "not measured" in text
     assert "WILL NOT FIT into 70 GB" in "\n".join(render(found, device_bytes=70e9))
+
+
+def test_a_step_that_needs_its_numbers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stubborn(self: ToyReward, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+        raise KeyError("no face in a black picture")
+
+    experiment = Experiment.model_validate(strict_yaml.load(TOY, "toy.yaml")[0])
+    monkeypatch.setattr(ToyReward, "score", stubborn)
+    with pytest.raises(UserError, match="cannot be planned from shapes alone: 'no face"):
+        plan(experiment)
+    monkeypatch.undo()
+    found = plan(experiment)
+    assert found.resident["trained parameters"] == sum(4 * p.numel() for p in ToyPolicy(4).trainable().values())
+    assert found.gradients == 2 * found.resident["trained parameters"]
+    assert "reward style" in found.resident
