@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from rewardgen import plugins, sources, strict_yaml
 from rewardgen.checkpoint import has_checkpoints, latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
+from rewardgen.data.buckets import BucketedDataset
 from rewardgen.distributed import Processes, launched
-from rewardgen.errors import CheckpointError, ConfigError, nearest
+from rewardgen.errors import CheckpointError, ConfigError, UserError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
 from rewardgen.evaluation.evaluate import Evaluation
 from rewardgen.evaluation.grid import save_grid
@@ -98,7 +100,9 @@ def assemble(experiment: Experiment, processes: Processes | None = None) -> Part
     require_sources(experiment)
     processes = processes or Processes()
     device = processes.device or choose_device(experiment.train.device)
-    train_data = make("data.train", "data", experiment.data.train)
+    train_data: Dataset = make("data.train", "data", experiment.data.train)
+    if experiment.rollout.buckets is not None:
+        train_data = BucketedDataset(train_data, experiment.rollout.buckets)
     held_out = _first(make("data.held_out", "data", experiment.data.held_out), experiment.evaluation.num_examples)
     rewards = {
         name: make(f"objective.rewards.{name}", "rewards", term) for name, term in experiment.objective.rewards.items()
@@ -110,8 +114,11 @@ def assemble(experiment: Experiment, processes: Processes | None = None) -> Part
     objective = Objective(experiment.objective, rewards).to(device)
     policy: Policy = make("policy", "policies", experiment.policy)
     policy = spread(policy, processes, experiment.train.strategy).to(device)
-    policy.latent_shape(experiment.rollout.image_size)  # refuses a size the model cannot draw
+    for size in (experiment.rollout.image_size, *(experiment.rollout.buckets or ())):
+        policy.latent_shape(size)  # refuses a size the model cannot draw
     policy.enable_checkpointing(experiment.train.gradient_checkpointing)
+    if experiment.train.compile:
+        policy.compile_blocks()
     learner = Learner(
         policy,
         objective,
@@ -245,10 +252,15 @@ def evaluate_checkpoint(
         console.print(render_table(comparison))
 
 
-def check(experiment: Experiment) -> None:
+def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: float | None = None) -> None:
     """Print the resolved experiment, what it reads and whether that is here, and what would be trained.
 
     Nothing is fetched. Weights are read only where all of the policy's are here.
+
+    Args:
+        plan: also predict memory and time of a step, see `memory_plan`; None does where weights of the policy are not
+            here.
+        device_bytes: memory that the step has to fit into; None takes the device's, or 80 GB where there is none.
 
     Raises:
         UserError: a bundled asset is missing, or local weights do not fit together.
@@ -270,10 +282,31 @@ def check(experiment: Experiment) -> None:
         console.print(f"to be fetched from the hub when training starts: {', '.join(hub)}")
     if local:
         console.print(f"to be put in place before training: {', '.join(local)}")
-    if not any(source.path.startswith("policy.") for source in missing):
+    absent = any(source.path.startswith("policy.") for source in missing)
+    if not absent:
         policy = make("policy", "policies", experiment.policy)
         policy.latent_shape(experiment.rollout.image_size)
         console.print(f"trained: {_count(policy)} parameters in {len(policy.trainable())} tensors")
+    if plan or (plan is None and absent):
+        _print_plan(console, experiment, device_bytes, required=bool(plan))
+
+
+def _print_plan(console: Console, experiment: Experiment, device_bytes: float | None, *, required: bool) -> None:
+    from rewardgen import memory_plan
+
+    try:
+        found = memory_plan.plan(experiment)
+    except UserError as error:
+        if required:
+            raise
+        console.print(f"what a step needs cannot be told yet: {error}", highlight=False, markup=False)
+        return
+    if device_bytes is None:
+        there = torch.cuda.is_available() and experiment.train.device != "cpu"
+        device_bytes = torch.cuda.get_device_properties(0).total_memory if there else 80e9
+    console.print("what a step needs on each device:")
+    for line in memory_plan.render(found, device_bytes=device_bytes):
+        console.print(line, highlight=False, markup=False)
 
 
 def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Evaluation, folder: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from rewardgen import gradients, sharding
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
-from rewardgen.flow.window import WindowConfig, run_window
+from rewardgen.flow.window import WindowConfig, by_entry, run_window
 from rewardgen.gradients import TermSums, cosines, global_norm, norms, weighted_sum
 from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective
@@ -120,15 +120,18 @@ class Learner:
         """
         clock = Clock(device_of(self.policy))
         sums = TermSums()
-        merge = len(micro_batches) == 1 and not self.term_grad_norms
+        entries = max([1, *(len(batch.rollout.trajectory.kept_steps) for batch in micro_batches if batch.rollout)])
+        merge = len(micro_batches) == 1 and not self.term_grad_norms and entries == 1
         for batch in micro_batches:
             # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
             seed_globals(derive_seed("micro_batch", step, *batch.seed_B))
             if self.objective.weight(FLOW_MATCHING, step) > 0:
                 with clock.phase("flow_matching"):
                     self._flow_matching(batch, sums)
-            if batch.rollout is not None:
-                self._rewards(batch.rollout, batch.image_size, sums, step=step, merge=merge, clock=clock)
+            if (rollout := batch.rollout) is not None:
+                for trajectory in by_entry(rollout.trajectory):
+                    entered = replace(rollout, trajectory=trajectory)
+                    self._rewards(entered, batch.image_size, sums, step=step, merge=merge, clock=clock)
         with clock.phase("optimizer"):
             self._sum_over_processes(sums, step)
 

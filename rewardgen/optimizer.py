@@ -57,6 +57,8 @@ class Optimizer:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            # One kernel for all parameters; on the CPU torch's own choice, whose results runs there depend on.
+            fused=all(parameter.is_cuda for parameter in self._parameters.values()) or None,
         )
         self._average = {} if ema_decay is None else {name: _wide(p) for name, p in self._parameters.items()}
 

@@ -19,6 +19,14 @@ from rewardgen.types import Condition, Rollout, RolloutRequest, Trajectory, Velo
 Precision: TypeAlias = Literal["fp32", "bf16"]
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def _is_one(value: object) -> bool:
+    return value == 1
+
+
 class RolloutConfig(Settings):
     """How pictures are drawn while training."""
 
@@ -28,12 +36,26 @@ class RolloutConfig(Settings):
     """Denoising steps of the whole schedule. USO does not report its number; UMO uses 25 with its UNO base."""
     window: WindowConfig
     """Which of the steps carry gradient."""
+    entries_per_rollout: int = Field(default=1, ge=1, exclude_if=_is_one)
+    """Entry steps for each prefix drawn without gradient, all different; the reward terms are means over them. More
+    than one makes more of a prefix: its steps are paid once."""
+    buckets: tuple[tuple[int, int], ...] | None = Field(default=None, min_length=1, exclude_if=_is_none)
+    """Heights and widths of pictures while training: each example goes to the nearest by its target's proportions, and
+    its target is brought to that size. A micro-batch has one size. null: all have `image_size`, and targets must."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if min(self.image_size) < 1:
             raise ValueError(f"image_size must be positive, got {list(self.image_size)}")
-        self.window.entry_bounds(self.num_steps)
+        low, high = self.window.entry_bounds(self.num_steps)
+        if high - low + 1 < self.entries_per_rollout:
+            raise ValueError(
+                f"entries_per_rollout is {self.entries_per_rollout}, but the window has {high - low + 1} entry steps"
+            )
+        if any(min(size) < 1 for size in self.buckets or ()):
+            raise ValueError("buckets must be positive heights and widths")
+        if len(set(self.buckets or ())) < len(self.buckets or ()):
+            raise ValueError("buckets: a size stands there twice")
         return self
 
 
@@ -62,8 +84,10 @@ class RolloutWorker:
         """Encode, sample without gradient to `request.stop_step` and, if asked, decode. Everything is detached.
 
         Raises:
-            ValueError: a picture was asked for from an unfinished trajectory.
+            ValueError: a picture was asked for from an unfinished trajectory, or a state beyond its end.
         """
+        if any(step > request.stop_step for step in request.keep_steps):
+            raise ValueError(f"states before {list(request.keep_steps)} are wanted of {request.stop_step} steps")
         if request.decode and request.stop_step != request.num_steps:
             raise ValueError(f"only {request.stop_step} of {request.num_steps} steps are taken: nothing to decode yet")
         with torch.no_grad():
@@ -71,25 +95,23 @@ class RolloutWorker:
             noise_BLC = noise_like_request(self.policy, request.seed_B, request.image_size)
             sigmas_T = self.policy.sigmas(request.num_steps, request.image_size)
             condition = self.policy.encode(request.examples)
-            entry_BLC = sample(
-                velocity_fn(
-                    self.policy,
-                    condition,
-                    mode="sample",
-                    image_size=request.image_size,
-                    precision=self.precision,
-                ),
-                noise_BLC.to(device_of(self.policy)),
-                sigmas_T,
-                start=0,
-                stop=request.stop_step,
-                enable_grad=False,
+            velocity = velocity_fn(
+                self.policy, condition, mode="sample", image_size=request.image_size, precision=self.precision
             )
+            entry_BLC, kept, start = noise_BLC.to(device_of(self.policy)), {}, 0
+            for stop in sorted({*request.keep_steps, request.stop_step}):
+                entry_BLC = sample(velocity, entry_BLC, sigmas_T, start=start, stop=stop, enable_grad=False)
+                kept[stop], start = entry_BLC, stop
             pixels_B3HW = self.policy.decode(entry_BLC, request.image_size).clamp(0, 1) if request.decode else None
         return Rollout(
             examples=request.examples,
             trajectory=Trajectory(
-                sigmas_T=sigmas_T, entry_step=request.stop_step, entry_BLC=entry_BLC, seed_B=request.seed_B
+                sigmas_T=sigmas_T,
+                entry_step=request.stop_step,
+                entry_BLC=entry_BLC,
+                seed_B=request.seed_B,
+                steps_SBLC=torch.stack([kept[step] for step in request.keep_steps]) if request.keep_steps else None,
+                kept_steps=request.keep_steps,
             ),
             policy_version=weights.version,
             pixels_B3HW=pixels_B3HW,

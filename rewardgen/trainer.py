@@ -20,10 +20,11 @@ from rewardgen.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from rewardgen.data.buckets import BucketedDataset
 from rewardgen.distributed import Strategy
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.fleet.pool import Pool
-from rewardgen.flow.window import draw_entry
+from rewardgen.flow.window import draw_entries
 from rewardgen.interrupt import stop_signal
 from rewardgen.learner import Learner, MicroBatch
 from rewardgen.measure import Clock
@@ -31,6 +32,10 @@ from rewardgen.rollout import Precision, RolloutConfig, device_of
 from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.settings import Settings
 from rewardgen.types import Example, Rollout, RolloutRequest, StepReport
+
+
+def _is_off(value: object) -> bool:
+    return value is False
 
 
 class TrainConfig(Settings):
@@ -68,6 +73,8 @@ class TrainConfig(Settings):
     """Probability that a flow-matching example loses its content references (0.25 in USO's joint training)."""
     style_dropout: float = Field(default=0.0, ge=0, le=1)
     """Probability that a flow-matching example loses its style references (0.25 in USO's joint training)."""
+    compile: bool = Field(default=False, exclude_if=_is_off)
+    """Compile the policy's repeated blocks (`torch.compile`): faster steps after minutes of compiling at the start."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`."""
 
@@ -191,7 +198,7 @@ class Trainer:
             MicroBatch(
                 examples=[self._drop(example, step, place) for place, example in batch],
                 seed_B=[derive_seed(self.seed, "flow_matching", step, example.id, place) for place, example in batch],
-                image_size=self.rollout.image_size,
+                image_size=self._image_size(batch),
                 rollout=rollout,
             )
             for batch, rollout in zip(batches, rollouts, strict=True)
@@ -205,27 +212,50 @@ class Trainer:
         Each epoch is a permutation of the data, and each process has the places after those of the one before it.
         """
         size, share = len(self.dataset), self.config.batch_size * self.config.accumulation
+        if isinstance(self.dataset, BucketedDataset):
+            return self._bucketed(step, self.dataset)
         chosen = []
         for place in range(self.processes.rank * share, (self.processes.rank + 1) * share):
             epoch, position = divmod(step * share * self.processes.size + place, size)
             chosen.append((place, self.dataset[_permutation(derive_seed(self.seed, "order", epoch), size)[position]]))
         return [chosen[i : i + self.config.batch_size] for i in range(0, share, self.config.batch_size)]
 
+    def _bucketed(self, step: int, dataset: BucketedDataset) -> list[list[tuple[int, Example]]]:
+        """As `_examples`, each micro-batch from one bucket. Here the order depends on the micro-batches' size."""
+        size, accumulation = self.config.batch_size, self.config.accumulation
+        batches = []
+        for number in range(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation):
+            indices = dataset.micro_batch(step * accumulation * self.processes.size + number, size, self.seed)
+            batches.append([(number * size + place, dataset[index]) for place, index in enumerate(indices)])
+        return batches
+
+    def _image_size(self, batch: list[tuple[int, Example]]) -> tuple[int, int]:
+        """Height and width of a micro-batch's pictures: with buckets those of its targets, else one for all."""
+        target = batch[0][1].target
+        if not isinstance(self.dataset, BucketedDataset):
+            return self.rollout.image_size
+        return self.dataset.buckets[0] if target is None else (target.shape[1], target.shape[2])
+
     def _rollouts(self, step: int, batches: list[list[tuple[int, Example]]]) -> list[Rollout] | list[None]:
         """Draw the prefixes for the reward terms; fresh noise, full conditions, one entry step for the whole batch."""
         if not self.learner.objective.needs_rollout(step):
             return [None] * len(batches)
         num_steps = self.rollout.num_steps
-        entry_step = draw_entry(self.rollout.window, num_steps, derive_seed(self.seed, "entry_step", step))
+        seeds = [derive_seed(self.seed, "entry_step", step)]
+        seeds += [
+            derive_seed(self.seed, "entry_step", step, more) for more in range(1, self.rollout.entries_per_rollout)
+        ]
+        entries = draw_entries(self.rollout.window, num_steps, seeds)
         weights = self.pool.put(self.learner.publish())
         requests = [
             RolloutRequest(
                 step=step,
                 examples=[example for _, example in batch],
                 seed_B=tuple(derive_seed(self.seed, "rollout", step, example.id, place) for place, example in batch),
-                image_size=self.rollout.image_size,
+                image_size=self._image_size(batch),
                 num_steps=num_steps,
-                stop_step=entry_step,
+                stop_step=max(entries),
+                keep_steps=entries if len(entries) > 1 else (),
             )
             for batch in batches
         ]
@@ -321,7 +351,10 @@ class Trainer:
     def _identity(self) -> dict[str, int]:
         """What the order of the data depends on: with another one the run would not be the same run."""
         whole = self.config.batch_size * self.config.accumulation * self.processes.size
-        return {"seed": self.seed, "number of examples": len(self.dataset), "examples in a step": whole}
+        found = {"seed": self.seed, "number of examples": len(self.dataset), "examples in a step": whole}
+        if isinstance(self.dataset, BucketedDataset):
+            found |= {"examples in a micro-batch": self.config.batch_size}
+        return found
 
 
 def choose_device(name: str) -> torch.device:

@@ -101,6 +101,24 @@ class CsdReward(Reward):
         """Read a checkpoint with `load_csd`; `heads` only for files that state none and break CLIP's convention."""
         return cls(load_csd(checkpoint, heads=heads), round_8bit=round_8bit)
 
+    @classmethod
+    def blueprint(cls, checkpoint: str, *, heads: int | None = None, round_8bit: bool = False) -> CsdReward:
+        """A reward of the right sizes whose weights mean nothing; those of the release where the file is not here."""
+        path = Path(checkpoint)
+        if not path.is_file():
+            return cls(CsdModel(CsdConfig()), round_8bit=round_8bit)
+        if not _is_safetensors(path):
+            return cls(CsdModel(load_csd(path, heads=heads).config), round_8bit=round_8bit)
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = ("backbone.conv1.weight", "backbone.positional_embedding", "last_layer_style")
+                blank = {name: torch.empty(0) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                tensors = blank | {name: torch.empty(file.get_slice(name).get_shape()) for name in names}
+                stated = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}")).get("heads")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"CSD checkpoint {path} is damaged: {error}") from error
+        return cls(CsdModel(_infer_config(tensors, _choose_heads(heads, stated, path), path)), round_8bit=round_8bit)
+
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         style_BD = self.embed(pixels_B3HW)
         references = [self._mean_reference(example, style_BD) for example in examples]
