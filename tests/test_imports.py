@@ -46,6 +46,7 @@ RANKS = {
     "rewardgen.fleet": 3,
     "rewardgen.learner": 3,
     "rewardgen.world": 3,
+    "rewardgen.batches": 4,
     "rewardgen.trainer": 4,
     "rewardgen.config": 5,
     "rewardgen.build": 6,
