@@ -6,23 +6,24 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rewardgen import plugins, sources, strict_yaml
+from rewardgen import sources, strict_yaml
 from rewardgen.checkpoint import has_checkpoints, latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
+from rewardgen.construct import make as make
 from rewardgen.distributed import Processes, launched
 from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
 from rewardgen.evaluation.evaluate import Evaluation, evaluate
 from rewardgen.evaluation.grid import save_grid
 from rewardgen.evaluation.score import target_scores
-from rewardgen.fleet.inline import InlinePool
+from rewardgen.fleet.pool import FleetConfig
 from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
 from rewardgen.manifest import redact, write_manifest
@@ -30,11 +31,10 @@ from rewardgen.objective import Objective
 from rewardgen.policy import Policy
 from rewardgen.report import Reporter
 from rewardgen.reward import Reward
-from rewardgen.rollout import RolloutWorker
-from rewardgen.settings import Plugin
 from rewardgen.sharding import ShardedPolicy, spread
 from rewardgen.trainer import Dataset, Trainer, choose_device
 from rewardgen.types import Example
+from rewardgen.workers import inline_workers, ray_workers
 
 CONFIG = "config.yaml"
 _MAY_CHANGE = (
@@ -46,6 +46,7 @@ _MAY_CHANGE = (
     "train.strategy",
     "train.batch_size",  # the trainer sees to it that a step has as many examples as before
     "train.accumulation",
+    *(f"fleet.{name}" for name in FleetConfig.model_fields if name != "staleness"),
     "evaluation",
     "report",
 )
@@ -61,20 +62,6 @@ class Parts:
     train_data: Dataset
     held_out: list[Example]
     metrics: dict[str, Reward]
-
-
-def make(path: str, kind: plugins.Kind, plugin: Plugin) -> Any:
-    """Construct a plug-in: fetch what its arguments name, check them against its signature, call it.
-
-    Args:
-        path: key path in the experiment, for messages.
-
-    Raises:
-        UserError: a source is missing, an argument does not fit, or the plug-in refuses it.
-    """
-    target = plugins.factory(plugins.resolve(kind, plugin.use))
-    args = sources.materialise(plugin.args, f"{path}.args")
-    return target(**plugins.check_args(target, args, f"{path}.args"))
 
 
 def require_sources(experiment: Experiment) -> None:
@@ -143,18 +130,22 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
     """
     _check_keep_best(experiment)
     require_sources(experiment)
-    with launched(choose_device(experiment.train.device), experiment.train.strategy) as processes:
-        return _train(experiment, folder or Path("runs") / experiment.name, processes, resume=resume)
+    with launched(choose_device(experiment.train.device), experiment.train.strategy) as processes, ExitStack() as stack:
+        return _train(experiment, folder or Path("runs") / experiment.name, processes, stack, resume=resume)
 
 
-def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume: bool) -> bool:
-    """One process's share of `train`."""
+def _train(experiment: Experiment, folder: Path, processes: Processes, stack: ExitStack, *, resume: bool) -> bool:
+    """One process's share of `train`. What must be closed in the end goes onto the stack."""
     console = _console(quiet=not processes.is_first)
     resolved = _resolved(experiment)
     reporter = Reporter(folder, experiment.report, num_steps=experiment.train.num_steps, experiment=resolved)
     if processes.is_first:
         _open_folder(folder, experiment, resume=resume)
+    remote = ray_workers(experiment, processes)  # they load their weights while this process does
+    if remote is not None:
+        stack.enter_context(closing(remote))
     parts = assemble(experiment, processes)
+    pool = remote or inline_workers(experiment, parts.policy)
     if processes.is_first:
         write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
     console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
@@ -172,11 +163,12 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
 
     trainer = Trainer(
         parts.learner,
-        InlinePool(RolloutWorker(parts.policy, precision=experiment.train.precision)),
+        pool,
         parts.train_data,
         rollout=experiment.rollout,
         config=experiment.train,
         seed=experiment.seed,
+        staleness=experiment.fleet.staleness,
         folder=folder,
         reporter=reporter,
         evaluate=evaluate_now,

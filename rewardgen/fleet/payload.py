@@ -93,7 +93,7 @@ def pack(value: Any, known: Sequence[Example] = ()) -> Packed:
         return slot
 
     skeleton = _walk(value, leaf)
-    data = np.zeros(end, dtype=np.uint8)
+    data = np.empty(end, dtype=np.uint8)
     for slot, tensor in parts:
         data[slot.offset : slot.offset + slot.size] = tensor.reshape(-1).view(torch.uint8).numpy()
     return Packed(skeleton, data)
