@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from rewardgen.rollout import RolloutWorker, Weights
-from rewardgen.types import Example, Rollout
+from rewardgen.types import Example, Rollout, RolloutRequest
 from tests.toys import ToyPolicy
-
 
 PATIENCE = 300.0
 """Seconds that a test waits for what should come at once: the machine may be busy."""
@@ -36,14 +35,40 @@ def ray_session(num_cpus: int = 16) -> Iterator[None]:
         ray.shutdown()
 
 
+def toy_policy(seed: int = 0) -> ToyPolicy:
+    """A toy policy whose trained parameters have a seed of their own; what is frozen is the same in all."""
+    policy = ToyPolicy()
+    with torch.no_grad():
+        for name, parameter in ToyPolicy(seed=seed).trainable().items():
+            policy.trainable()[name].copy_(parameter)
+    return policy
+
+
+class Slow:
+    """A rollout worker with other weights than the learner's: the right ones must come with the request.
+
+    Args:
+        seconds: each rollout takes longer by so much, so that a signal may fall into it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.inner = RolloutWorker(toy_policy(99))
+
+    def rollout(self, request: RolloutRequest, weights: Weights) -> Rollout:
+        time.sleep(self.seconds)
+        return self.inner.rollout(request, weights)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
 @dataclass(frozen=True)
 class ToyFactory:
-    """A rollout worker with a toy policy of other weights than the learner's: they must come with the request."""
+    seconds: float = 0.0
 
-    seed: int = 99
-
-    def __call__(self) -> RolloutWorker:
-        return RolloutWorker(ToyPolicy(seed=self.seed))
+    def __call__(self) -> Slow:
+        return Slow(self.seconds)
 
 
 class NoRoomError(Exception):
@@ -67,41 +92,40 @@ class Hostile:
         return count
 
     def double(self, value: Any) -> Any:
-        self.note("double")
         return value * 2
 
     def pid(self) -> int:
         return os.getpid()
 
-    def nap(self, seconds: float) -> float:
+    def nap(self, seconds: float) -> int:
         time.sleep(seconds)
-        return seconds
+        return os.getpid()
 
-    def die(self, times: int, value: int) -> int:
+    def die(self, tag: str, times: int, value: int) -> int:
         """Kill the process the first `times` times."""
-        if self.note("die") <= times:
+        if self.note(tag) <= times:
             os.kill(os.getpid(), signal.SIGKILL)
         return value
 
-    def hang(self, times: int, value: int) -> int:
+    def hang(self, tag: str, times: int, value: int) -> int:
         """Stop the process the first `times` times: only SIGKILL ends it."""
-        if self.note("hang") <= times:
+        if self.note(tag) <= times:
             os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(3600)
         return value
 
-    def fail(self, message: str) -> None:
-        self.note("fail")
-        raise NoRoomError(message)
+    def spoil(self, shared: Tensor) -> Tensor:
+        """The sum of what came plus one, written in place."""
+        shared += 1
+        return shared.sum()
 
-    def large(self, size: int, seed: int) -> Tensor:
+    def fail(self, tag: str) -> None:
+        self.note(tag)
+        raise NoRoomError(tag)
+
+    def large(self, tag: str, size: int) -> Tensor:
         """Too large to travel with the reply: it stays in the object store."""
-        self.note("large")
-        return torch.rand(size, generator=torch.Generator().manual_seed(seed))
-
-    def spoil(self, weights: Weights) -> float:
-        """The sum of the weights, having tried to write into what came of another call."""
-        return float(sum(tensor.sum() for tensor in weights.tensors.values()))
+        self.note(tag)
+        return torch.arange(size, dtype=torch.float32)
 
     def score(self, rollout: Rollout) -> tuple[list[str], Tensor, Sequence[Example]]:
         """A judge: reads a rollout that another worker drew, and its examples."""

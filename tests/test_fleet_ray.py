@@ -14,9 +14,8 @@ from rewardgen.fleet.pool import FleetConfig, then
 from rewardgen.fleet.ray_pool import RayPool
 from rewardgen.rollout import RolloutWorker
 from rewardgen.types import Rollout
-from tests.fleet_workers import PATIENCE, HostileFactory, ToyFactory, ray_session
+from tests.fleet_workers import PATIENCE, HostileFactory, ToyFactory, ray_session, toy_policy
 from tests.test_rollout import request, weights_of
-from tests.toys import ToyPolicy
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +32,7 @@ def toys() -> Iterator[RayPool]:
 
 
 def test_a_rollout_is_the_inline_one_bit_for_bit(toys: RayPool) -> None:
-    policies = [ToyPolicy(seed=1), ToyPolicy(seed=2)]
+    policies = [toy_policy(1), toy_policy(2)]
     asked = request(4, decode=True)
     for policy in (*policies, policies[0]):
         weights = toys.put(weights_of(policy))
@@ -50,7 +49,7 @@ def test_a_rollout_is_the_inline_one_bit_for_bit(toys: RayPool) -> None:
 
 
 def test_a_judge_reads_what_a_worker_drew_without_the_learner(toys: RayPool, tmp_path: Path) -> None:
-    policy, asked = ToyPolicy(seed=1), request()
+    policy, asked = toy_policy(1), request()
     judges = RayPool(HostileFactory(tmp_path), FleetConfig(pool="ray", workers=1, cpus_per_worker=0.5))
     try:
         drawn = toys.submit("rollout", asked, toys.put(weights_of(policy)))

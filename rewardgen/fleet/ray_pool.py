@@ -233,7 +233,8 @@ class RayPool:
         elif isinstance(error, self._ray.exceptions.ObjectLostError):  # comes as a RayTaskError too
             self._restore(self._dispatcher.finish(member, now), error)
         elif isinstance(error, self._ray.exceptions.RayTaskError):
-            self._dispatcher.finish(member, now).fail(_cause(error))
+            cause = _cause(error)
+            self._dispatcher.finish(member, now).fail(cause)
         else:
             self._replace(member, first_line(error))
 
@@ -292,7 +293,7 @@ class RayPool:
 def _cause(error: Any) -> BaseException:
     """The exception as the worker raised it, with its traceback there as its cause."""
     cause: BaseException = error.cause
-    cause.__cause__ = RemoteError(f"\n{error.traceback_str}")
+    cause.__cause__ = RemoteError(f"\n{error}")
     return cause
 
 
