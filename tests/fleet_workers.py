@@ -28,7 +28,14 @@ def ray_session(num_cpus: int = 16) -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    for patience in reversed(range(3)):  # Ray gives its own processes 30 s, which a busy machine may not have
+        try:
+            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            break
+        except Exception:
+            if not patience:
+                raise
+            ray.shutdown()
     try:
         yield
     finally:
@@ -134,6 +141,22 @@ class Hostile:
         entry_BLC.zero_()  # its own copy: nobody else may notice
         refs_B = torch.stack([example.style_refs[0].sum() for example in rollout.examples])
         return [example.id for example in rollout.examples], total_B + refs_B, rollout.examples
+
+
+def processes_below(pid: int, name: str = "") -> set[int]:
+    """Descendants of a process, of those whose command begins with a name; `ray::Replica` are workers."""
+    parents, commands = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            commands[int(path.name)] = (path / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:  # it has just ended
+            continue
+    found, border = set(), {pid}
+    while border:
+        border = {child for child, parent in parents.items() if parent in border} - found
+        found |= border
+    return {child for child in found if commands.get(child, "").startswith(name)}
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,27 @@ def test_first_come_first_served_and_a_lost_task_goes_first_again() -> None:
     assert dispatcher.queue_depth == 2
 
 
+def test_after_a_loss_the_others_are_asked_whether_they_are_there_before_a_task_is() -> None:
+    """Or a machine that takes eight idle workers along would pass for a request that kills them."""
+    dispatcher: Dispatcher[int] = Dispatcher(max_tries=2, deadline_seconds=10)
+    task = Task(method="m", args=())
+    for replica in range(8):
+        dispatcher.idle(replica)
+    dispatcher.submit(task)
+    ((first, _),) = dispatcher.assign(0.0)
+    dispatcher.lose(first, "its machine is gone")
+    recalled = dispatcher.recall(1.0)
+    assert len(recalled) == 7
+    assert list(dispatcher.assign(1.0)) == [], "nobody is trusted"
+    assert dispatcher.overdue(11.0) == recalled, "one that does not answer is not waited for either"
+    for replica in recalled[:-1]:
+        dispatcher.lose(replica, "its machine is gone")
+    assert not task.future.done()
+    dispatcher.alive(recalled[-1])
+    assert list(dispatcher.assign(2.0)) == [(recalled[-1], task)]
+    assert (task.tries, dispatcher.retries) == (1, 1)
+
+
 def test_cancelled_tasks_are_not_run_and_the_end_leaves_nobody_waiting() -> None:
     dispatcher: Dispatcher[str] = Dispatcher(max_tries=3, deadline_seconds=10)
     cancelled, running, waiting = (Task(method="m", args=(), about=name) for name in ("c", "r", "w"))

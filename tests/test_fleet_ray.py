@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,14 @@ import torch
 
 from rewardgen.errors import ConfigError
 from rewardgen.fleet.inline import InlinePool
-from rewardgen.fleet.pool import FleetConfig, then
+from rewardgen.fleet.pool import FleetConfig, Pool, then
 from rewardgen.fleet.ray_pool import RayPool
 from rewardgen.rollout import RolloutWorker
-from rewardgen.types import Rollout
+from rewardgen.trainer import Trainer
+from rewardgen.types import Rollout, StepReport
 from tests.fleet_workers import PATIENCE, HostileFactory, ToyFactory, ray_session, toy_policy
 from tests.test_rollout import request, weights_of
+from tests.test_trainer import make, same_state
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,3 +79,92 @@ def test_the_same_arithmetic_and_folder_as_in_the_learner(toys: RayPool) -> None
 def test_what_does_not_fit_is_refused_at_once(need: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"do not fit.*1 x 16 CPUs and 0 GPUs"):
         RayPool(ToyFactory(), FleetConfig.model_validate({"pool": "ray"} | need))
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+NUM_STEPS = 6
+SETTINGS = {"num_steps": NUM_STEPS, "batch_size": 1, "accumulation": 4}
+
+
+@pytest.fixture(scope="module")
+def pools(toys: RayPool) -> Iterator[dict[int, RayPool]]:
+    """Of one and of three workers, for several runs, whose weights have equal version numbers."""
+    config = FleetConfig(pool="ray", workers=3, cpus_per_worker=0.5)
+    three = RayPool(ToyFactory(seconds=0.05), config)
+    one = RayPool(ToyFactory(), config.model_copy(update={"workers": 1}))
+    yield {1: one, 3: three}
+    one.close()
+    three.close()
+
+
+def run(folder: Path, pool: Pool | None, staleness: int, after_step: Callable[[int], None] | None = None) -> Trainer:
+    """Train with the pool, or with a worker that shares the learner's policy."""
+    trainer, reports = make(
+        folder, staleness=staleness, train={"num_steps": NUM_STEPS, "batch_size": 1, "accumulation": 4}
+    )
+    worker = RolloutWorker(trainer.learner.policy, colocated=True)
+    trainer.pool = pool or InlinePool(worker, copies=staleness > 0)
+    step = trainer.step
+
+    def observed(number: int) -> StepReport:
+        report = step(number)
+        if after_step is not None:
+            after_step(number)
+        return report
+
+    trainer.step = observed  # type: ignore[method-assign]
+    trainer.run()
+    assert len(reports) == NUM_STEPS
+    return trainer
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_final_weights_are_the_same_inline_and_on_one_and_three_workers(
+    tmp_path: Path, pools: dict[int, RayPool], staleness: int
+) -> None:
+    inline = run(tmp_path / "inline", None, staleness)
+    for number, pool in pools.items():
+        assert same_state(run(tmp_path / str(number), pool, staleness), inline)
+    if staleness:
+        assert not same_state(run(tmp_path / "synchronous", None, 0), inline), "the older weights make a difference"
+
+
+def test_final_weights_are_the_same_with_a_worker_killed_on_the_way(tmp_path: Path, pools: dict[int, RayPool]) -> None:
+    inline = run(tmp_path / "inline", None, 1)
+    pool = pools[3]
+    before = pool.figures()["lost_workers"]
+
+    def kill(step: int) -> None:
+        if step == 2:  # the batch of step 4 will soon be asked for, and that of step 3 is on its way
+            os.kill(pool.submit("pid").result(PATIENCE).get(), signal.SIGKILL)
+
+    assert same_state(run(tmp_path / "killed", pool, 1, kill), inline)
+    assert pool.figures()["lost_workers"] == before + 1
+
+
+def test_a_run_begun_on_the_fleet_may_go_on_inline_and_the_other_way_round(
+    tmp_path: Path, pools: dict[int, RayPool]
+) -> None:
+    whole = run(tmp_path / "whole", None, 2)
+    for name, first, second in (("there", pools[1], None), ("back", None, pools[1])):
+        part, _ = make(tmp_path / name, staleness=2, train=SETTINGS | {"num_steps": 3})
+        part.pool = first or InlinePool(RolloutWorker(part.learner.policy, colocated=True), copies=True)
+        part.run()
+        resumed, _ = make(tmp_path / name, staleness=2, train=SETTINGS)
+        resumed.pool = second or InlinePool(RolloutWorker(resumed.learner.policy, colocated=True), copies=True)
+        assert resumed.resume() == 3
+        resumed.run()
+        assert same_state(resumed, whole)
+
+
+def test_a_step_reports_the_fleet(tmp_path: Path, pools: dict[int, RayPool]) -> None:
+    trainer, reports = make(tmp_path, staleness=1)
+    trainer.pool = pools[1]
+    trainer.run()
+    wanted = {"workers", "queue_depth", "retries", "lost_workers", "requests_per_worker_second", "busy_share"}
+    for report in reports[1:]:
+        assert {f"fleet/{name}" for name in wanted | {"staleness"}} <= set(report.metrics)
+        assert report.metrics["fleet/workers"] == report.metrics["fleet/staleness"] == 1
+        assert 0 < report.metrics["fleet/busy_share"] <= 1
+        assert {"weights", "rollout"} <= set(report.seconds_by_phase)

@@ -54,7 +54,7 @@ def connect(address: str | None) -> bool:
     try:
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises that very class where its own processes do not come up in time
         where = f"no Ray cluster can be joined at '{address}'" if address else "Ray cannot be started on this machine"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"fleet.address: {where}: {reason}") from error

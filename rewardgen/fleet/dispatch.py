@@ -47,7 +47,7 @@ class Task:
 
 @dataclass(kw_only=True, slots=True)
 class _Call:
-    task: Task
+    task: Task | None
     since: float
 
 
@@ -94,10 +94,26 @@ class Dispatcher(Generic[R]):
     def finish(self, replica: R, now: float) -> Task:
         """A replica is done with its task, whatever came of it, and free again. Returns the task."""
         call = self._calls.pop(replica)
+        assert call.task is not None
         self._free.append(replica)
         self.busy_seconds += now - call.since
         self.done += 1
         return call.task
+
+    def recall(self, now: float) -> list[R]:
+        """All free replicas, which get nothing to do until `alive` is called. They too have a deadline for that.
+
+        After a loss others may be gone as well, and a task should not have to find that out one by one.
+        """
+        recalled = list(self._free)
+        self._free.clear()
+        self._calls |= {replica: _Call(task=None, since=now) for replica in recalled}
+        return recalled
+
+    def alive(self, replica: R) -> None:
+        """One that was recalled is there."""
+        del self._calls[replica]
+        self._free.append(replica)
 
     def lose(self, replica: R, reason: str) -> None:
         """A replica is gone for good. What it was at is done again, unless it has cost `max_tries` of them."""
@@ -133,7 +149,7 @@ class Dispatcher(Generic[R]):
 
     def end(self, error: BaseException | None = None) -> None:
         """No more: waiting and running tasks fail with the error, or are cancelled where there is none."""
-        left = [*self._todo, *(call.task for call in self._calls.values())]
+        left = [*self._todo, *(call.task for call in self._calls.values() if call.task is not None)]
         self._todo.clear()
         self._calls.clear()
         self._free.clear()

@@ -84,7 +84,8 @@ class RayPool:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        self._start = (self._ray.put(factory), Surroundings.here(config.threads_per_worker))
+        self._factory = self._ray.put(factory)
+        self._surroundings = Surroundings.here(config.threads_per_worker)
         self._dispatcher: Dispatcher[_Member] = Dispatcher(
             max_tries=config.max_tries, deadline_seconds=config.deadline_seconds
         )
@@ -186,9 +187,9 @@ class RayPool:
         if self._error is not None:
             return
         for _ in range(number):
-            member = _Member(self._actor.remote())
+            member = _Member(self._actor.remote(self._surroundings))
             self._members.add(member)
-            self._when_done(member.actor.start.remote(*self._start), partial(self._started, member))
+            self._when_done(member.actor.start.remote(self._factory), partial(self._started, member))
 
     def _when_done(self, ref: Any, act: Callable[[Future[Any]], None]) -> None:
         """Call `act` in the thread once a call is done. The callback itself runs in one of Ray's."""
@@ -261,9 +262,19 @@ class RayPool:
         self._members.discard(member)
         self._kill(member)
         self._dispatcher.lose(member, reason)
+        for other in self._dispatcher.recall(time.monotonic()):
+            self._when_done(other.actor.ping.remote(), partial(self._pinged, other))
         if not any(other.up for other in self._members) and self._alone_since is None:
             self._alone_since = time.monotonic()
         self._hire()
+
+    def _pinged(self, member: _Member, done: Future[Any]) -> None:
+        if member not in self._members:
+            return
+        if (error := done.exception()) is None:
+            self._dispatcher.alive(member)
+        else:
+            self._replace(member, first_line(error))
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()

@@ -53,16 +53,19 @@ def versions() -> dict[str, str]:
 
 
 class Replica:
-    """A Ray actor. Its constructor does nothing, so that what a worker's constructor raises is an ordinary error."""
+    """A Ray actor. Its constructor makes no worker, so that what a worker's constructor raises is an ordinary error."""
 
-    def __init__(self) -> None:
+    def __init__(self, surroundings: Surroundings) -> None:
+        surroundings.enter()  # before anything of the user's is imported
         self._worker: Any = None
 
-    def start(self, factory: Callable[[], Any], surroundings: Surroundings) -> dict[str, str]:
+    def start(self, factory: Callable[[], Any]) -> dict[str, str]:
         """Make the worker; returns `versions`."""
-        surroundings.enter()
         self._worker = factory()
         return versions()
+
+    def ping(self) -> None:
+        """Answered by whoever is alive."""
 
     def call(self, method: str, attached: Sequence[Packed | None], *args: Packed) -> tuple[None, Packed]:
         """Call a method of the worker.
