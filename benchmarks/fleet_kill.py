@@ -142,15 +142,22 @@ def wait_for_all(pool: RayPool, patience: float = 600.0) -> None:
         time.sleep(0.1)
 
 
-def run(times: int, seed: int, *, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """All trials, and how many of them ended exactly."""
-    torch.set_num_threads(1)
+def run(times: int, seed: int, *, pool: RayPool | None = None, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """All trials, and how many of them ended exactly.
+
+    Args:
+        times: runs in which a worker is killed.
+        seed: of the instants.
+        pool: of toy workers; None makes one for the length of the trials.
+        report: told of each trial.
+    """
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "fleet_kill.yaml").write_text(EXPERIMENT)
         config = load_experiment(Path(folder) / "fleet_kill.yaml").fleet
         wanted = train(None, Silent(), Path(folder))
-    pool = RayPool(ToyFactory(seconds=ROLLOUT_SECONDS), config)
+    own = pool is None
+    pool = pool or RayPool(ToyFactory(seconds=ROLLOUT_SECONDS), config)
     try:
         wait_for_all(pool)
         start = time.monotonic()
@@ -163,7 +170,8 @@ def run(times: int, seed: int, *, report: Callable[[str], None] = print) -> dict
             trials.append(killed_run(pool, wanted, generator.uniform(0, seconds), generator))
             report(f"{number + 1}/{times}  {line(trials[-1])}")
     finally:
-        pool.close()
+        if own:
+            pool.close()
     return {
         "times": times,
         "seed": seed,
@@ -211,6 +219,7 @@ def main() -> int:
     options = parser.parse_args()
     options.out = options.out.absolute()
     os.chdir(ROOT)
+    torch.set_num_threads(1)
     result = run(options.times, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "fleet_kill.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardgen.fleet.replica import Surroundings
 from rewardgen.rollout import RolloutWorker, Weights
 from rewardgen.types import Example, Rollout, RolloutRequest
 from tests.toys import ToyPolicy
@@ -68,6 +69,9 @@ class Slow:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def surroundings(self) -> Surroundings:
+        return Surroundings.here()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rewardgen.errors import ConfigError
 from rewardgen.fleet.inline import InlinePool
 from rewardgen.fleet.pool import FleetConfig, Pool, then
 from rewardgen.fleet.ray_pool import RayPool
+from rewardgen.fleet.replica import Surroundings
 from rewardgen.rollout import RolloutWorker
 from rewardgen.trainer import Trainer
 from rewardgen.types import Rollout, StepReport
@@ -68,11 +71,11 @@ def test_a_judge_reads_what_a_worker_drew_without_the_learner(toys: RayPool, tmp
         judges.close()
 
 
-def test_the_same_arithmetic_and_folder_as_in_the_learner(toys: RayPool) -> None:
-    figures = toys.figures()
-    assert figures["workers"] == 2
-    assert (figures["retries"], figures["lost_workers"], figures["queue_depth"]) == (0, 0, 0)
-    assert toys.figures()["requests_per_worker_second"] == 0
+def test_workers_have_the_arithmetic_and_the_folder_of_the_learner(toys: RayPool) -> None:
+    here = Surroundings.here()
+    assert here.threads == 1
+    for _ in range(4):
+        assert toys.submit("surroundings").result(PATIENCE).get() == here
 
 
 @pytest.mark.parametrize("need", [{"cpus_per_worker": 9.0, "workers": 2}, {"gpus_per_worker": 1.0}])
@@ -83,6 +86,7 @@ def test_what_does_not_fit_is_refused_at_once(need: dict[str, float]) -> None:
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS = 6
 SETTINGS = {"num_steps": NUM_STEPS, "batch_size": 1, "accumulation": 4}
 
@@ -168,3 +172,18 @@ def test_a_step_reports_the_fleet(tmp_path: Path, pools: dict[int, RayPool]) -> 
         assert report.metrics["fleet/workers"] == report.metrics["fleet/staleness"] == 1
         assert 0 < report.metrics["fleet/busy_share"] <= 1
         assert {"weights", "rollout"} <= set(report.seconds_by_phase)
+
+
+def test_two_workers_killed_at_random_moments(pools: dict[int, RayPool]) -> None:
+    """The benchmark in small; its full result is committed."""
+    spec = importlib.util.spec_from_file_location("fleet_kill", ROOT / "benchmarks" / "fleet_kill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules["fleet_kill"] = benchmark  # dataclasses look their module up
+    spec.loader.exec_module(benchmark)
+    result = benchmark.run(2, seed=3, pool=pools[3])
+    assert result["undisturbed_exact"]
+    assert result["exact"] == 2
+    assert sum(trial["lost_workers"] for trial in result["trials"]) == 2
+    assert "| **all** | 2 | **2** |" in benchmark.render(result)
