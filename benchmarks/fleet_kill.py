@@ -36,7 +36,7 @@ from rewardgen.fleet.pool import Pool  # noqa: E402
 from rewardgen.fleet.ray_pool import RayPool  # noqa: E402
 from rewardgen.rollout import RolloutWorker  # noqa: E402
 from rewardgen.trainer import Trainer  # noqa: E402
-from tests.fleet_workers import ToyFactory, processes_below  # noqa: E402
+from tests.fleet_workers import ToyFactory  # noqa: E402
 
 EXPERIMENT = """\
 name: fleet_kill
@@ -110,10 +110,8 @@ def killed_run(pool: RayPool, wanted: str, instant: float, generator: random.Ran
     at_step: list[int] = []
 
     def kill() -> None:
-        workers = sorted(processes_below(os.getpid(), "ray::Replica"))
-        if workers:
-            at_step.append(reporter.completed)
-            os.kill(generator.choice(workers), signal.SIGKILL)
+        at_step.append(reporter.completed)
+        os.kill(generator.choice(sorted(place.pid for place in pool.places())), signal.SIGKILL)
 
     timer = threading.Timer(instant, kill)
     timer.start()
@@ -124,7 +122,7 @@ def killed_run(pool: RayPool, wanted: str, instant: float, generator: random.Ran
     after = pool.figures()
     return Trial(
         at_seconds=round(instant, 3),
-        at_step=at_step[0] if at_step else -1,
+        at_step=at_step[0],
         lost_workers=int(after["lost_workers"] - before["lost_workers"]),
         retries=int(after["retries"] - before["retries"]),
         exact=found == wanted,

@@ -141,7 +141,7 @@ def test_final_weights_are_the_same_with_a_worker_killed_on_the_way(tmp_path: Pa
 
     def kill(step: int) -> None:
         if step == 2:  # the batch of step 4 will soon be asked for, and that of step 3 is on its way
-            os.kill(pool.submit("pid").result(PATIENCE).get(), signal.SIGKILL)
+            os.kill(pool.places()[0].pid, signal.SIGKILL)
 
     assert same_state(run(tmp_path / "killed", pool, 1, kill), inline)
     assert pool.figures()["lost_workers"] == before + 1

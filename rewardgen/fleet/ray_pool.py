@@ -24,7 +24,7 @@ from rewardgen.fleet.dispatch import Dispatcher, Task
 from rewardgen.fleet.payload import pack
 from rewardgen.fleet.pool import FleetConfig, FleetError, Handle
 from rewardgen.fleet.ray_handle import RayHandle, Sent, attached, first_line, wire
-from rewardgen.fleet.replica import Replica, Surroundings, versions
+from rewardgen.fleet.replica import Place, Replica, Surroundings, versions
 
 T = TypeVar("T")
 
@@ -41,7 +41,12 @@ class _Member:
     """One actor, from its request to its end. Another actor is another member."""
 
     actor: Any
-    up: bool = False
+    place: Place | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether its worker is made."""
+        return self.place is not None
 
 
 class RayPool:
@@ -120,7 +125,7 @@ class RayPool:
         done, busy, now = self._dispatcher.done, self._dispatcher.busy_seconds, time.monotonic()
         then, done_then, busy_then = self._reported
         self._reported = (now, done, busy)
-        workers = sum(member.up for member in tuple(self._members))
+        workers = len(self.places())
         worker_seconds = max((now - then) * max(workers, 1), 1e-9)
         return {
             "workers": float(workers),
@@ -130,6 +135,10 @@ class RayPool:
             "requests_per_worker_second": (done - done_then) / worker_seconds,
             "busy_share": min(1.0, (busy - busy_then) / worker_seconds),
         }
+
+    def places(self) -> list[Place]:
+        """Where the workers are that are up."""
+        return [member.place for member in tuple(self._members) if member.place is not None]
 
     def grow(self, number: int) -> None:
         """Add workers. They take part as soon as the cluster has room for them and they are up."""
@@ -207,9 +216,11 @@ class RayPool:
                 raise FleetError(f"{self._died_starting} workers in a row died while they started; the last: {error}")
             self._replace(member, first_line(error))
             return
-        if (found := done.result()) != versions():
-            raise FleetError(f"a worker has {_in_words(found)}, but the learner has {_in_words(versions())}")
-        self._died_starting, self._alone_since, member.up = 0, None, True
+        place: Place = done.result()
+        if place.versions != versions():
+            theirs, ours = _in_words(place.versions), _in_words(versions())
+            raise FleetError(f"{place} has {theirs}, but the learner has {ours}: install the same there")
+        self._died_starting, self._alone_since, member.place = 0, None, place
         self._dispatcher.idle(member)
 
     def _assign(self) -> None:
@@ -261,7 +272,7 @@ class RayPool:
         self._lost += 1
         self._members.discard(member)
         self._kill(member)
-        self._dispatcher.lose(member, reason)
+        self._dispatcher.lose(member, f"{member.place}: {reason}" if member.place else reason)
         for other in self._dispatcher.recall(time.monotonic()):
             self._when_done(other.actor.ping.remote(), partial(self._pinged, other))
         if not any(other.up for other in self._members) and self._alone_since is None:

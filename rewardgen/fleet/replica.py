@@ -47,6 +47,18 @@ class Surroundings:
             sys.path.insert(0, os.getcwd())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A process of a cluster, and what runs there."""
+
+    host: str
+    pid: int
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
 def versions() -> dict[str, str]:
     """What must be equal in the learner and in every worker."""
     return {"Python": platform.python_version(), "torch": torch.__version__, "rewardgen": rewardgen.__version__}
@@ -59,10 +71,10 @@ class Replica:
         surroundings.enter()  # before anything of the user's is imported
         self._worker: Any = None
 
-    def start(self, factory: Callable[[], Any]) -> dict[str, str]:
-        """Make the worker; returns `versions`."""
+    def start(self, factory: Callable[[], Any]) -> Place:
+        """Make the worker; returns where it is."""
         self._worker = factory()
-        return versions()
+        return Place(host=platform.node(), pid=os.getpid(), versions=versions())
 
     def ping(self) -> None:
         """Answered by whoever is alive."""

@@ -78,9 +78,10 @@ def test_a_killed_workers_request_is_done_by_another_and_the_worker_comes_back(p
 def test_a_request_that_kills_its_workers_is_named_and_costs_no_more_than_it_may(pool: RayPool, notes: Path) -> None:
     poison = pool.submit("die", "poison", 99, 0, about="the rollout of step 3, examples a, b")
     others = [pool.submit("double", index) for index in range(8)]
-    with pytest.raises(FleetError, match=rf"the rollout of step 3, examples a, b failed after {TRIES} tries: each wor"):
+    with pytest.raises(FleetError, match=rf"the rollout of step 3, examples a, b failed after {TRIES} tries: ") as end:
         poison.result(PATIENCE)
     assert len(runs(notes, "poison")) == TRIES
+    assert f"process {runs(notes, 'poison')[-1]} on " in str(end.value), "where the last one was"
     assert [future.result(PATIENCE).get() for future in others] == [2 * index for index in range(8)]
 
 
