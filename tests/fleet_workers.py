@@ -31,7 +31,7 @@ def ray_session(num_cpus: int = 16) -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     for patience in reversed(range(3)):  # Ray gives its own processes 30 s, which a busy machine may not have
         try:
-            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             break
         except Exception:
             if not patience:

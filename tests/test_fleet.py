@@ -419,9 +419,11 @@ def test_a_resumed_run_that_draws_ahead_equals_the_uninterrupted_one(tmp_path: P
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def test_more_workers_at_least_than_at_all_are_refused() -> None:
+def test_impossible_fleets_are_refused() -> None:
     with pytest.raises(ValidationError, match="min_workers is 3, more than workers, which is 2"):
         FleetConfig(workers=2, min_workers=3)
+    with pytest.raises(ValidationError, match="does not use Ray Client; give host:6379"):
+        FleetConfig(address="ray://head:10001")
 
 
 TOY = """\

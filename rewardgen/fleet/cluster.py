@@ -53,7 +53,8 @@ def connect(address: str | None) -> bool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+        # Without an address Ray would join whatever was last started on this machine.
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray raises that very class where its own processes do not come up in time
         where = f"no Ray cluster can be joined at '{address}'" if address else "Ray cannot be started on this machine"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

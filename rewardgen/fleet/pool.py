@@ -51,7 +51,9 @@ class FleetConfig(Settings):
     """Ray: how long there may be no worker at all before the run stops."""
 
     @model_validator(mode="after")
-    def _fewer_at_least(self) -> Self:
+    def _consistent(self) -> Self:
+        if (self.address or "").startswith("ray://"):
+            raise ValueError("address: a learner is part of its cluster and does not use Ray Client; give host:6379")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, more than workers, which is {self.workers}")
         return self

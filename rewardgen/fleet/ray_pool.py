@@ -157,14 +157,15 @@ class RayPool:
         """Run a task before all that wait: what it makes was there already."""
         if self._closing:
             task.fail(FleetError("the pool is closed"))
-        self._inbox.put(partial(self._accept, task, first=True))
+        else:
+            self._inbox.put(partial(self._accept, task, first=True))
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            self._hire(self.size)
+            self._hire(self.config.workers)
             while not self._closing:
                 with contextlib.suppress(queue.Empty):
                     self._inbox.get(timeout=self._patience())()

@@ -155,6 +155,17 @@ def test_a_constructor_that_raises_ends_the_pool_at_once(tmp_path: Path) -> None
         pool.close()
 
 
+def test_a_worker_with_another_torch_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"Python": "3.11.0", "torch": "9.9", "rewardgen": "0.1"}
+    monkeypatch.setattr("rewardgen.fleet.ray_pool.versions", lambda: ours)
+    pool = RayPool(HostileFactory(tmp_path), FleetConfig(pool="ray", workers=1))
+    try:
+        with pytest.raises(FleetError, match=r"process \d+ on .* has Python .*, but the learner has .*torch 9\.9"):
+            pool.submit("pid").result(PATIENCE)
+    finally:
+        pool.close()
+
+
 def test_a_constructor_that_kills_its_process_ends_the_pool_after_some_tries(tmp_path: Path) -> None:
     pool = RayPool(Deadly(tmp_path), FleetConfig(pool="ray", workers=1, max_tries=TRIES))
     try:
