@@ -32,10 +32,19 @@ def session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def toys() -> Iterator[RayPool]:
-    pool = RayPool(ToyFactory(), FleetConfig(pool="ray", workers=2))
-    yield pool
-    pool.close()
+def pools(session: None) -> Iterator[dict[int, RayPool]]:
+    """Of one and of three workers, for all tests: what they have loaded in one run must not show in the next."""
+    config = FleetConfig(pool="ray", workers=3)
+    three = RayPool(ToyFactory(seconds=0.05), config)
+    one = RayPool(ToyFactory(), config.model_copy(update={"workers": 1}))
+    yield {1: one, 3: three}
+    one.close()
+    three.close()
+
+
+@pytest.fixture(scope="module")
+def toys(pools: dict[int, RayPool]) -> RayPool:
+    return pools[3]
 
 
 def test_a_rollout_is_the_inline_one_bit_for_bit(toys: RayPool) -> None:
@@ -89,17 +98,6 @@ def test_what_does_not_fit_is_refused_at_once(need: dict[str, float]) -> None:
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS = 6
 SETTINGS = {"num_steps": NUM_STEPS, "batch_size": 1, "accumulation": 4}
-
-
-@pytest.fixture(scope="module")
-def pools(toys: RayPool) -> Iterator[dict[int, RayPool]]:
-    """Of one and of three workers, for several runs, whose weights have equal version numbers."""
-    config = FleetConfig(pool="ray", workers=3, cpus_per_worker=0.5)
-    three = RayPool(ToyFactory(seconds=0.05), config)
-    one = RayPool(ToyFactory(), config.model_copy(update={"workers": 1}))
-    yield {1: one, 3: three}
-    one.close()
-    three.close()
 
 
 def run(folder: Path, pool: Pool | None, staleness: int, after_step: Callable[[int], None] | None = None) -> Trainer:
