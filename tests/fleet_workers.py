@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,22 @@ from rewardgen.rollout import RolloutWorker, Weights
 from rewardgen.types import Example, Rollout, RolloutRequest
 from tests.toys import ToyPolicy
 
+T = TypeVar("T")
+
 PATIENCE = 300.0
 """Seconds that a test waits for what should come at once: the machine may be busy."""
+
+
+def patiently(start: Callable[[], T], undo: Callable[[], None], times: int = 4) -> T:
+    """Ray gives its own processes 30 s to come up, which a busy machine may not have: try again."""
+    for left in reversed(range(times)):
+        try:
+            return start()
+        except Exception:
+            undo()
+            if not left:
+                raise
+    raise AssertionError("unreachable")
 
 
 @contextmanager
@@ -29,14 +43,12 @@ def ray_session(num_cpus: int = 16) -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_worker_niceness", "0")
-    for patience in reversed(range(3)):  # Ray gives its own processes 30 s, which a busy machine may not have
-        try:
-            ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            break
-        except Exception:
-            if not patience:
-                raise
-            ray.shutdown()
+    patiently(
+        lambda: ray.init(
+            "local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        ),
+        ray.shutdown,
+    )
     try:
         yield
     finally:

@@ -10,6 +10,9 @@ from typing import Any
 from rewardgen.errors import ConfigError
 from rewardgen.fleet.pool import FleetConfig, FleetError
 
+_STARTS = 3
+"""Times that Ray is started on this machine: it gives its processes 30 s to come up, which a busy one may not have."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
@@ -51,15 +54,29 @@ def connect(address: str | None) -> bool:
         # would only get what the learner leaves; and nothing is to be reported to anyone.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        options: dict[str, Any] = {} if address else {"include_dashboard": False}
-        # Without an address Ray would join whatever was last started on this machine.
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
-    except Exception as error:  # Ray raises that very class where its own processes do not come up in time
-        where = f"no Ray cluster can be joined at '{address}'" if address else "Ray cannot be started on this machine"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"fleet.address: {where}: {reason}") from error
+    for left in reversed(range(_STARTS)):
+        try:
+            _join(ray, address)
+        except Exception as error:  # Ray raises that very class where its own processes do not come up in time
+            ray.shutdown()
+            if address is None and left:
+                continue
+            where = f"no Ray cluster can be joined at '{address}'" if address else "Ray cannot be started here"
+            raise ConfigError(f"fleet.address: {where}: {first_line(error)}") from error
+        break
     return True
+
+
+def _join(ray: Any, address: str | None) -> None:
+    """Connect; without an address start a Ray of one's own, where Ray would join whatever was last started here."""
+    options: dict[str, Any] = {} if address else {"include_dashboard": False}
+    ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
+
+
+def first_line(error: object) -> str:
+    """The gist of one of Ray's long messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def require_room(config: FleetConfig, needs: Needs) -> None:

@@ -120,10 +120,9 @@ class Dispatcher(Generic[R]):
         if replica in self._free:
             self._free.remove(replica)
         call = self._calls.pop(replica, None)
-        if call is not None and self.may_try_again(
-            call.task, f"each worker that tried it was lost; the last: {reason}"
-        ):
-            self.first(call.task)
+        task = None if call is None else call.task
+        if task is not None and self.may_try_again(task, f"each worker that tried it was lost; the last: {reason}"):
+            self.first(task)
 
     def may_try_again(self, task: Task, verdict: str) -> bool:
         """Count a try that came to nothing; where it was the last one the task fails with the verdict."""

@@ -60,7 +60,7 @@ class RayHandle(Handle[T]):
             try:
                 packed = ray.get(ref, timeout=config.deadline_seconds)
             except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError) as error:
-                reason = first_line(error)
+                reason = cluster.first_line(error)
                 self.restore(ref).result()
             else:
                 value: T = unpack(packed, self.examples, device=self._pool.device)
@@ -121,9 +121,3 @@ def wire(arg: RayHandle[Any] | Sent) -> Any:
 def attached(arg: RayHandle[Any] | Sent) -> Packed | None:
     """The examples that the value of a handle refers to, which it left out; None for what the learner packed."""
     return pack(list(arg.examples)) if isinstance(arg, RayHandle) else None
-
-
-def first_line(error: object) -> str:
-    """The gist of one of Ray's long messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

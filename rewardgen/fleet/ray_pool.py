@@ -23,7 +23,7 @@ from rewardgen.fleet import cluster
 from rewardgen.fleet.dispatch import Dispatcher, Task
 from rewardgen.fleet.payload import pack
 from rewardgen.fleet.pool import FleetConfig, FleetError, Handle
-from rewardgen.fleet.ray_handle import RayHandle, Sent, attached, first_line, wire
+from rewardgen.fleet.ray_handle import RayHandle, Sent, attached, wire
 from rewardgen.fleet.replica import Place, Replica, Surroundings, versions
 
 T = TypeVar("T")
@@ -215,7 +215,7 @@ class RayPool:
             self._died_starting += 1
             if self._died_starting >= self.config.max_tries:
                 raise FleetError(f"{self._died_starting} workers in a row died while they started; the last: {error}")
-            self._replace(member, first_line(error))
+            self._replace(member, cluster.first_line(error))
             return
         place: Place = done.result()
         if place.versions != versions():
@@ -249,13 +249,13 @@ class RayPool:
             cause = _cause(error)
             self._dispatcher.finish(member, now).fail(cause)
         else:
-            self._replace(member, first_line(error))
+            self._replace(member, cluster.first_line(error))
 
     def _restore(self, task: Task, error: Any) -> None:
         """Have the lost arguments of a task made again, and then run it again."""
         handles = [arg for arg in task.args if isinstance(arg, RayHandle)]
         lost = [handle for handle in handles if handle.ref.hex() == getattr(error, "object_ref_hex", None)] or handles
-        if not self._dispatcher.may_try_again(task, f"an argument was lost: {first_line(error)}"):
+        if not self._dispatcher.may_try_again(task, f"an argument was lost: {cluster.first_line(error)}"):
             return
         left = [handle.restore(handle.ref) for handle in lost]
 
@@ -286,7 +286,7 @@ class RayPool:
         if (error := done.exception()) is None:
             self._dispatcher.alive(member)
         else:
-            self._replace(member, first_line(error))
+            self._replace(member, cluster.first_line(error))
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()

@@ -17,7 +17,7 @@ from rewardgen.rollout import RolloutWorker
 from rewardgen.trainer import Trainer
 from rewardgen.types import StepReport
 from tests.faults.test_fleet_ray import wait_for
-from tests.fleet_workers import PATIENCE, HostileFactory, ToyFactory, processes_below
+from tests.fleet_workers import PATIENCE, HostileFactory, ToyFactory, patiently, processes_below
 from tests.test_trainer import make, same_state
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -30,10 +30,12 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_worker_niceness", "0")
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
+    head = NODE | {"num_cpus": 0, "include_dashboard": False}
+    cluster: Any = patiently(lambda: Cluster(initialize_head=True, head_node_args=head), lambda: None)
     try:
-        cluster.first, cluster.second = cluster.add_node(**NODE), cluster.add_node(**NODE)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        for _ in range(2):
+            patiently(lambda: cluster.add_node(**NODE), lambda: None)
+        patiently(lambda: ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR"), ray.shutdown)
         cluster.wait_for_nodes()
         yield cluster
     finally:
@@ -62,8 +64,8 @@ def test_a_node_is_removed_and_another_added_during_a_run(cluster: Any, tmp_path
     try:
         wait_for(lambda: pool.figures()["workers"] == 2, "two nodes, two workers")
         events = {
-            2: lambda: cluster.remove_node(cluster.first, allow_graceful=False),
-            5: lambda: cluster.add_node(**NODE),
+            2: lambda: cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False),
+            5: lambda: patiently(lambda: cluster.add_node(**NODE), lambda: None),
         }
         assert same_state(run(tmp_path / "ray", pool, events), run(tmp_path / "inline", None))
         wait_for(lambda: pool.figures()["workers"] == 2, "the new node has a worker")
@@ -80,7 +82,7 @@ def test_a_payload_goes_with_its_node_and_is_made_again(cluster: Any, tmp_path: 
         (pid,) = (int(path.name.rpartition("-")[2]) for path in tmp_path.glob("payload-*"))
         (node,) = (node for node in cluster.worker_nodes if pid in processes_below(raylet_of(node)))
         cluster.remove_node(node, allow_graceful=False)
-        cluster.add_node(**NODE)
+        patiently(lambda: cluster.add_node(**NODE), lambda: None)
         wanted = torch.arange(1_000_000, dtype=torch.float32)
         doubled = pool.submit("double", handle, about="a judge's score")  # reads it before the learner does
         assert torch.equal(doubled.result(PATIENCE).get(), wanted * 2)
