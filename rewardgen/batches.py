@@ -124,7 +124,7 @@ class Batches:
 
     def micro_batches(self, batch: Batch, drawn: Sequence[Rollout]) -> list[MicroBatch]:
         """What the learner gets: examples after dropout, and a rollout for each micro-batch, or none for any."""
-        rollouts = drawn or [None] * len(batch.micro_batches)
+        rollouts: Sequence[Rollout | None] = drawn or [None] * len(batch.micro_batches)
         return [
             MicroBatch(
                 examples=[self._drop(example, batch.step, place) for place, example in micro_batch],

@@ -189,7 +189,7 @@ class Trainer:
         report = self.learner.step(self.batches.micro_batches(pending.batch, drawn), step=step)
         return dataclasses.replace(
             report,
-            policy_version=drawn[0].policy_version if drawn and drawn[0] else report.policy_version,
+            policy_version=drawn[0].policy_version if drawn else report.policy_version,
             seconds_by_phase=clock.seconds_by_phase | dict(report.seconds_by_phase),
             metrics=dict(report.metrics) | figures,
         )

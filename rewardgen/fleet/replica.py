@@ -13,6 +13,7 @@ import torch
 
 import rewardgen
 from rewardgen.fleet.payload import Packed, examples_in, pack, unpack
+from rewardgen.types import Example
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +93,8 @@ class Replica:
             Two objects of the store. The first says that the call is done; the second stays where it is until
             somebody reads it. Examples that came with the call are left out.
         """
-        values, examples = [], []
+        values: list[Any] = []
+        examples: list[Example] = []
         for arg, companion in zip(args, attached, strict=True):
             own = None if companion is None else unpack(companion)
             values.append(unpack(arg, own or ()))
