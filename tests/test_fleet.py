@@ -130,7 +130,7 @@ def test_scores_and_their_metrics_come_through() -> None:
 # --- who runs what ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_every_task_ends_once_whatever_is_lost(workers: int, number: int, max_tries: int, random: Any) -> None:
     """Against a brute-force record: nothing runs twice at a time, nothing is forgotten, and no task costs too many."""
@@ -301,7 +301,7 @@ def schedule(staleness: int, num_steps: int, starts: set[int]) -> tuple[Ahead[in
     return ahead, asked, now
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 4), st.integers(1, 12), st.integers(0, 14), st.data())
 def test_batch_k_is_drawn_with_the_weights_after_k_minus_s_updates_also_when_resumed(
     staleness: int, num_steps: int, first: int, data: st.DataObject

@@ -26,6 +26,7 @@ def always(seconds: float) -> Any:
     return lambda *_: seconds
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 30), st.floats(0.1, 9))
 def test_equal_tasks_take_as_many_rounds_as_it_needs(size: int, number: int, seconds: float) -> None:
     clock = VirtualClock()
@@ -36,7 +37,7 @@ def test_equal_tasks_take_as_many_rounds_as_it_needs(size: int, number: int, sec
     assert pool.figures()["busy_share"] == pytest.approx(number / (size * math.ceil(number / size)))
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5), st.lists(st.floats(0.1, 10), min_size=1, max_size=25))
 def test_unequal_tasks_are_what_greedy_scheduling_makes_of_them(size: int, lengths: list[float]) -> None:
     """Brute force: each task in turn goes to the worker that is free first."""
