@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,14 @@ def ray_workers(experiment: Experiment, processes: Processes) -> Pool | None:
         return None
     if processes.size > 1:
         raise ConfigError("fleet.pool: a learner of several processes draws its own rollouts; leave out fleet=ray")
+    on_their_way = experiment.train.accumulation * (1 + config.staleness)
+    if config.workers > on_their_way:
+        warnings.warn(
+            f"fleet.workers: of {config.workers} workers no more than {on_their_way} are ever busy: a step draws"
+            f" {experiment.train.accumulation} micro-batches, at most {config.staleness} steps ahead; smaller and more"
+            " micro-batches (train.batch_size, train.accumulation) occupy more",
+            stacklevel=2,
+        )
     from rewardgen.fleet.cluster import Needs
     from rewardgen.fleet.ray_pool import RayPool
 

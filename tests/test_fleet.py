@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -486,3 +487,27 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'rewardgen\[ray\]'"):
         RayPool(toy_policy, FleetConfig(pool="ray"))
+
+
+def test_a_worker_is_made_of_the_policy_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rewardgen.config import load_experiment
+    from rewardgen.distributed import Processes
+    from rewardgen.workers import ray_workers
+
+    made: list[Any] = []
+    monkeypatch.setattr("rewardgen.fleet.ray_pool.RayPool", lambda *args, **rest: made.append((*args, rest)))
+    path = tmp_path / "words.yaml"
+    path.write_text(TOY)
+    settings = ["fleet=ray", "fleet.workers=3", "fleet.staleness=1", "train.device=cpu"]
+    with pytest.warns(UserWarning, match="of 3 workers no more than 2 are ever busy: a step draws 1 micro-batches"):
+        ray_workers(load_experiment(path, overrides=settings), Processes())
+    ((factory, config, rest),) = made
+    assert config.workers == 3
+    assert rest == {"needs": Needs(cpus=1.0, gpus=0.0), "device": torch.device("cpu")}
+    assert b"ToyPolicy" in pickle.dumps(factory)
+    assert b"ToyReward" not in pickle.dumps(factory)
+    assert isinstance(factory(), RolloutWorker)
+    assert not factory().colocated
+    with pytest.raises(ConfigError, match="a learner of several processes draws its own rollouts"):
+        ray_workers(load_experiment(path, overrides=settings), Processes(0, 2))
+    assert ray_workers(load_experiment(path), Processes(0, 2)) is None
