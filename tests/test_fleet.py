@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from rewardgen.checkpoint import load_checkpoint
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.fleet.cluster import Needs, describe, room
 from rewardgen.fleet.dispatch import Dispatcher, Task
@@ -404,6 +405,11 @@ def test_a_resumed_run_that_draws_ahead_equals_the_uninterrupted_one(tmp_path: P
     part, first_reports = ahead_run(tmp_path / "part", 2, train={"num_steps": cut})
     part.run()
     torch.manual_seed(12345)
+    tensors, state = load_checkpoint(tmp_path / "part" / "checkpoints" / f"step-{cut:06d}")
+    assert {key.split("/")[1] for key in tensors if key.startswith("published/")} == {str(k) for k in range(cut)[-2:]}
+    evaluated, _ = make(tmp_path / "evaluated")
+    evaluated.learner.load_state(tensors, state["learner"])  # as `rewardgen eval` does, which draws nothing ahead
+    assert same_state(evaluated, part)
     resumed, last_reports = ahead_run(tmp_path / "part", 2)
     assert resumed.resume() == cut
     resumed.run()
