@@ -249,7 +249,7 @@ def dispatcher(size: Size) -> dict[str, Any]:
 def run(parts: Sequence[str], size: Size) -> dict[str, Any]:
     """What was asked for, by part."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"cores": os.cpu_count(), "load_average_before": os.getloadavg()[0]}
+    found: dict[str, Any] = {"small": size == SMALL, "cores": os.cpu_count(), "load_average_before": os.getloadavg()[0]}
     if "scaling" in parts:
         found["scaling"] = scaling(size)
     if {"staleness", "weights"} & set(parts):
