@@ -120,6 +120,18 @@ def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]
     return lines
 
 
+def describe(experiment: Experiment, *, device_bytes: float | None) -> list[str]:
+    """The plan in lines of text; `device_bytes` None takes the device's memory, or 80 GB where there is none.
+
+    Raises:
+        UserError: see `plan`.
+    """
+    if device_bytes is None:
+        there = torch.cuda.is_available() and experiment.train.device != "cpu"
+        device_bytes = torch.cuda.get_device_properties(0).total_memory if there else 80e9
+    return ["what a step needs on each device:", *render(plan(experiment), device_bytes=device_bytes)]
+
+
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:8.3f} GB"
 

@@ -18,7 +18,14 @@ from rewardgen.errors import CheckpointError
 from rewardgen.reward import Reward
 from rewardgen.rewards.cache import TensorCache, digest
 from rewardgen.rewards.clip_vit import ClipVit
-from rewardgen.rewards.loading import check_tensors, read_tensors, size_of, without_prefix
+from rewardgen.rewards.loading import (
+    check_tensors,
+    is_safetensors,
+    read_shapes,
+    read_tensors,
+    size_of,
+    without_prefix,
+)
 from rewardgen.rewards.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
@@ -107,17 +114,11 @@ class CsdReward(Reward):
         path = Path(checkpoint)
         if not path.is_file():
             return cls(CsdModel(CsdConfig()), round_8bit=round_8bit)
-        if not _is_safetensors(path):
+        if not is_safetensors("CSD checkpoint", path):
             return cls(CsdModel(load_csd(path, heads=heads).config), round_8bit=round_8bit)
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = ("backbone.conv1.weight", "backbone.positional_embedding", "last_layer_style")
-                blank = {name: torch.empty(0) for name in file.keys()}  # noqa: SIM118 - not a mapping
-                tensors = blank | {name: torch.empty(file.get_slice(name).get_shape()) for name in names}
-                stated = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}")).get("heads")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"CSD checkpoint {path} is damaged: {error}") from error
-        return cls(CsdModel(_infer_config(tensors, _choose_heads(heads, stated, path), path)), round_8bit=round_8bit)
+        tensors, metadata = read_shapes("CSD checkpoint", path)
+        config = _infer_config(tensors, _choose_heads(heads, _stated_heads(metadata, path), path), path)
+        return cls(CsdModel(config), round_8bit=round_8bit)
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         style_BD = self.embed(pixels_B3HW)
