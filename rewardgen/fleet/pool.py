@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from rewardgen.errors import UserError
-from rewardgen.settings import Settings
+from rewardgen.settings import SparseSettings
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -21,8 +21,13 @@ class FleetError(UserError):
     """The fleet cannot do what it was asked for: no worker came up, or a request cost every worker that tried it."""
 
 
-class FleetConfig(Settings):
+class FleetConfig(SparseSettings):
     """Where rollouts are drawn. In an experiment the word alone, `fleet: ray`, stands for `fleet: {pool: ray}`."""
+
+    sparse: ClassVar[frozenset[str]] = frozenset(
+        ("workers", "min_workers", "address", "cpus_per_worker", "gpus_per_worker", "threads_per_worker")
+        + ("deadline_seconds", "max_tries", "start_timeout_seconds")
+    )
 
     pool: Literal["inline", "ray"] = "inline"
     """`inline`: in the learner's own process, sharing its policy. `ray`: by workers on a Ray cluster, each with a
