@@ -26,7 +26,8 @@ __all__ = ["ARMS", "SEEDS", "TABLE", "cells", "experiment_of", "is_current", "ke
 
 CELLS = shared.RESULTS / "srl_tiny"
 TABLE = shared.RESULTS / "srl_tiny.md"
-ARMS = {"SRL": (), "supervised only": ("objective.rewards.style.weight=0",)}
+NO_REWARD = ("objective.rewards.style.weight=0", "objective.rewards.content.weight=0")
+ARMS = {"SRL": (), "supervised only": NO_REWARD}
 
 
 def experiment_of(arm: str, seed: int, overrides: Sequence[str] = ()) -> Experiment:

@@ -7,8 +7,8 @@ the DiT's).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,16 @@ from rewardgen.policies import official
 from rewardgen.policies.conditions import Group, UsoCondition, group_by_layout
 from rewardgen.policies.dit import grouped_velocity
 from rewardgen.policies.encoders import FluxEncoder, vae_latents, vae_pixels
+from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.packing import PATCH, Grid, PositionEncoding, image_ids, pack, unpack
 from rewardgen.policies.parts import FluxParts, check_sizes
 from rewardgen.policies.projector import StyleProjector
 from rewardgen.policies.trained import Part, require_gradients
 from rewardgen.policy import Mode, Policy
 from rewardgen.types import Condition, VelocityFn
+
+if TYPE_CHECKING:
+    from transformers import SiglipVisionModel
 
 Schedule = Literal["official", "token_count"]
 VaeEncode = Literal["mean", "sample"]
@@ -53,7 +57,11 @@ class FluxPolicy(Policy):
         content_long_side: pixels of the long side to which references are resized.
         max_text_tokens: length to which T5 prompts are padded and cut.
         pe: along which axes reference ids are offset; "d" is both, as released.
+        store, load_text, load_siglip: see `FluxEncoder`. With a store, targets are encoded one by one and kept too.
     """
+
+    takes_styles: ClassVar[bool] = True
+    """Whether examples may have style references."""
 
     def __init__(
         self,
@@ -69,6 +77,9 @@ class FluxPolicy(Policy):
         content_long_side: int,
         max_text_tokens: int,
         pe: PositionEncoding,
+        store: EncodingStore | None,
+        load_text: Callable[[], Mapping[str, Any]] | None,
+        load_siglip: Callable[[], SiglipVisionModel] | None = None,
     ) -> None:
         super().__init__()
         check_choice("schedule", [schedule], Schedule)
@@ -86,6 +97,9 @@ class FluxPolicy(Policy):
             content_long_side=content_long_side,
             max_text_tokens=max_text_tokens,
             sample_posterior=vae_encode == "sample",
+            store=store,
+            load_text=load_text,
+            load_siglip=load_siglip,
         )
         check_sizes(parts, projector)
         if lora_rank is not None and not official.has_lora(self.transformer):
@@ -119,6 +133,11 @@ class FluxPolicy(Policy):
             else:
                 part.disable_gradient_checkpointing()
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the DiT's blocks one by one: all double and all single ones share one compiled program each."""
+        for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks):
+            block.compile(**options)
+
     @property
     def device(self) -> torch.device:
         device: torch.device = self.transformer.device
@@ -132,6 +151,9 @@ class FluxPolicy(Policy):
         With `vae_encode` "sample" the posterior is drawn from with torch's global CPU generator.
         """
         self._grid((pixels_B3HW.shape[2], pixels_B3HW.shape[3]))
+        if self.encoder.cache.store is not None and self.vae_encode == "mean":
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return torch.stack([self.encoder.target(pixels_3HW) for pixels_3HW in pixels_B3HW]).to(self.device)
         noise = "global" if self.vae_encode == "sample" else None
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return pack(vae_latents(self.vae, pixels_B3HW * 2 - 1, noise))
@@ -140,6 +162,10 @@ class FluxPolicy(Policy):
         """Clean latents -> pictures [B, 3, H, W], nominally in [0, 1] but not clamped, under the caller's gradients."""
         with torch.autocast(self.device.type, enabled=False):
             return (vae_pixels(self.vae, unpack(latents_BLC, self._grid(image_size))) + 1) / 2
+
+    def release_encoders(self) -> None:
+        """Let text encoders and SigLIP leave memory, where `encodings` lets them come back."""
+        self.encoder.release()
 
     # -- sampling --
 

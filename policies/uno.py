@@ -6,19 +6,21 @@ sampling. Its forward pass is checked against the released code in `tests/parity
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from rewardgen.errors import ConfigError
-from rewardgen.policies import official
+from rewardgen.policies import official, shapes
 from rewardgen.policies.conditions import Reference, UsoCondition
+from rewardgen.policies.encoders import late_encoders
+from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.flux import DTYPES, BaseDtype, FluxPolicy, Schedule, VaeEncode, check_choice
 from rewardgen.policies.packing import PositionEncoding
-from rewardgen.policies.parts import FluxParts, load_parts
+from rewardgen.policies.parts import FluxParts, Sources, load_parts
 from rewardgen.policies.trained import save_trained
 from rewardgen.types import Example
 
@@ -47,7 +49,10 @@ class UnoPolicy(FluxPolicy):
         several_long_side: the same where an example has several references (320 in the releases of UNO and UMO).
         max_text_tokens: length to which T5 prompts are padded and cut.
         pe: along which axes reference ids are offset; "d" is both, as released.
+        store, load_text: see `FluxEncoder`. With a store, targets are encoded one by one and kept too.
     """
+
+    takes_styles = False
 
     def __init__(
         self,
@@ -63,6 +68,8 @@ class UnoPolicy(FluxPolicy):
         several_long_side: int = 320,
         max_text_tokens: int = 512,
         pe: PositionEncoding = "d",
+        store: EncodingStore | None = None,
+        load_text: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         check_choice("train", train, UnoPart)
         super().__init__(
@@ -77,17 +84,24 @@ class UnoPolicy(FluxPolicy):
             content_long_side=content_long_side,
             max_text_tokens=max_text_tokens,
             pe=pe,
+            store=store,
+            load_text=load_text,
         )
         self.several_long_side = several_long_side
 
     @classmethod
     def from_pretrained(
         cls,
-        base: str,
+        base: str | None,
         *,
+        transformer: str | None = None,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        text_encoder_2: str | None = None,
         lora: str | None = None,
         lora_rank: int | None = None,
         base_dtype: BaseDtype = "fp32",
+        encodings: str | None = None,
         train: tuple[UnoPart, ...] = ("lora",),
         schedule: Schedule = "official",
         sample_guidance: float = 4.0,
@@ -101,9 +115,14 @@ class UnoPolicy(FluxPolicy):
         """Load a policy; options not named here are those of the class.
 
         Args:
-            base: folder or hub id in the layout of a diffusers `FluxPipeline`.
+            base: folder or hub id in the layout of a diffusers `FluxPipeline`, for all parts not named below; None
+                where they are all named.
+            transformer, vae: in place of the base's; also the single files of Black Forest Labs' own release.
+            text_encoder, text_encoder_2: in place of the base's, each a folder or hub id with its tokenizer.
             lora: official LoRA file of UNO or UMO, or `owner/repository:path` on the hub; its rank is taken over.
             base_dtype: precision of what is not trained. What is trained is float32.
+            encodings: folder that keeps what was encoded. Text encoders are then loaded only when something is missing
+                there; `rewardgen encode` fills it ahead.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another layout.
@@ -112,7 +131,10 @@ class UnoPolicy(FluxPolicy):
         # Found before the base is read: a misspelt path must not cost minutes of loading.
         lora_file = None if lora is None else official.resolve_file(lora)
         dtype = DTYPES[base_dtype]
-        parts = load_parts(base, None, dtype=dtype)
+        sources = Sources(
+            base=base, transformer=transformer, vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2
+        )
+        parts = load_parts(sources, dtype=dtype, encoders=encodings is None)
         if lora_file is not None:
             official.load_lora(parts.transformer, lora_file, rank=lora_rank)
         policy = cls(
@@ -127,7 +149,25 @@ class UnoPolicy(FluxPolicy):
             several_long_side=several_long_side,
             max_text_tokens=max_text_tokens,
             pe=pe,
+            **late_encoders(encodings, sources, dtype, vae_encode=vae_encode, max_text_tokens=max_text_tokens),
         )
+        policy.cast_frozen(dtype)
+        return policy
+
+    @classmethod
+    def blueprint(cls, base: str | None, **options: Any) -> Self:
+        """A policy of the right sizes whose weights mean nothing, where the caller is (`with torch.device(...)`).
+
+        It takes the arguments of `from_pretrained`. Sizes come from the files that are here, else from the table of
+        released models; nothing is fetched.
+
+        Raises:
+            CheckpointError: the sizes of a part are not known.
+            ConfigError: the parts do not fit together.
+        """
+        dtype = DTYPES[options.pop("base_dtype", "fp32")]
+        parts, _ = shapes.take_shapes(base, options, dtype=dtype, rank=DEFAULT_RANK)
+        policy = cls(parts, **options)
         policy.cast_frozen(dtype)
         return policy
 

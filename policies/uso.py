@@ -6,24 +6,28 @@ of one style picture, H width of the DiT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from rewardgen.errors import ConfigError
-from rewardgen.policies import official
+from rewardgen.policies import official, shapes
 from rewardgen.policies.conditions import UsoCondition
+from rewardgen.policies.encoders import late_encoders
+from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.flux import DTYPES, BaseDtype, FluxPolicy, Schedule, VaeEncode, check_choice
 from rewardgen.policies.packing import PositionEncoding
-from rewardgen.policies.parts import FluxParts, load_parts
+from rewardgen.policies.parts import FluxParts, Sources, load_parts
 from rewardgen.policies.projector import StyleProjector
+from rewardgen.policies.shapes import DEFAULT_RANK, DEFAULT_STYLE_TOKENS
 from rewardgen.policies.trained import Part, save_trained
 from rewardgen.types import Example
 
-DEFAULT_RANK = 128
+if TYPE_CHECKING:
+    from transformers import SiglipVisionModel
 
 
 class UsoPolicy(FluxPolicy):
@@ -46,6 +50,7 @@ class UsoPolicy(FluxPolicy):
         content_long_side: pixels of the long side to which content references are resized.
         max_text_tokens: length to which T5 prompts are padded and cut.
         pe: along which axes reference ids are offset; "d" is both, as released.
+        store, load_text, load_siglip: see `FluxEncoder`. With a store, targets are encoded one by one and kept too.
     """
 
     def __init__(
@@ -62,6 +67,9 @@ class UsoPolicy(FluxPolicy):
         content_long_side: int = 512,
         max_text_tokens: int = 512,
         pe: PositionEncoding = "d",
+        store: EncodingStore | None = None,
+        load_text: Callable[[], Mapping[str, Any]] | None = None,
+        load_siglip: Callable[[], SiglipVisionModel] | None = None,
     ) -> None:
         check_choice("train", train, Part)
         if "projector" in train and projector is None:
@@ -78,19 +86,27 @@ class UsoPolicy(FluxPolicy):
             content_long_side=content_long_side,
             max_text_tokens=max_text_tokens,
             pe=pe,
+            store=store,
+            load_text=load_text,
+            load_siglip=load_siglip,
         )
 
     @classmethod
     def from_pretrained(
         cls,
-        base: str,
+        base: str | None,
         *,
+        transformer: str | None = None,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        text_encoder_2: str | None = None,
         siglip: str | None = None,
         lora: str | None = None,
         projector: str | None = None,
         lora_rank: int | None = None,
-        style_tokens_per_level: int = 64,
+        style_tokens_per_level: int = DEFAULT_STYLE_TOKENS,
         base_dtype: BaseDtype = "fp32",
+        encodings: str | None = None,
         train: tuple[Part, ...] = ("lora",),
         schedule: Schedule = "official",
         sample_guidance: float = 4.0,
@@ -103,12 +119,17 @@ class UsoPolicy(FluxPolicy):
         """Load a policy; options not named here are those of the class.
 
         Args:
-            base: folder or hub id in the layout of a diffusers `FluxPipeline`.
+            base: folder or hub id in the layout of a diffusers `FluxPipeline`, for all parts not named below; None
+                where they are all named.
+            transformer, vae: in place of the base's; also the single files of Black Forest Labs' own release.
+            text_encoder, text_encoder_2: in place of the base's, each a folder or hub id with its tokenizer.
             siglip: folder or hub id of a SigLIP vision model; needed for style pictures.
             lora: official LoRA file, or `owner/repository:path` on the hub; its rank is taken over.
             projector: official projector file, likewise. Without one, a fresh projector is made if `train` names it.
             style_tokens_per_level: size of such a fresh projector.
             base_dtype: precision of what is not trained. What is trained is float32.
+            encodings: folder that keeps what was encoded. Text encoders and SigLIP are then loaded only when something
+                is missing there; `rewardgen encode` fills it ahead.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another layout.
@@ -119,17 +140,23 @@ class UsoPolicy(FluxPolicy):
             None if source is None else official.resolve_file(source) for source in (projector, lora)
         )
         dtype = DTYPES[base_dtype]
-        parts = load_parts(base, siglip, dtype=dtype)
+        sources = Sources(
+            base=base,
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            siglip=siglip,
+        )
+        parts = load_parts(sources, dtype=dtype, encoders=encodings is None)
         style: StyleProjector | None = None
         if projector_file is not None:
             style = official.load_projector(projector_file)
-        elif "projector" in train and parts.siglip is not None:
-            vision = parts.siglip.config
-            style = StyleProjector(
-                num_tokens=(vision.image_size // vision.patch_size) ** 2,
-                token_dim=vision.hidden_size,
-                tokens_per_level=style_tokens_per_level,
-                hidden_size=parts.transformer.inner_dim,
+        elif "projector" in train and siglip is not None:
+            style = shapes.make_projector(
+                parts.siglip.config.to_dict() if parts.siglip else shapes.config_of(siglip),
+                style_tokens_per_level,
+                parts.transformer.inner_dim,
             )
         if lora_file is not None:
             official.load_lora(parts.transformer, lora_file, rank=lora_rank)
@@ -145,7 +172,24 @@ class UsoPolicy(FluxPolicy):
             content_long_side=content_long_side,
             max_text_tokens=max_text_tokens,
             pe=pe,
+            **late_encoders(encodings, sources, dtype, vae_encode=vae_encode, max_text_tokens=max_text_tokens),
         )
+        policy.cast_frozen(dtype)
+        return policy
+
+    @classmethod
+    def blueprint(cls, base: str | None, **options: Any) -> Self:
+        """A policy of the right sizes whose weights mean nothing, where the caller is (`with torch.device(...)`).
+
+        It takes the arguments of `from_pretrained`. Sizes come from the files that are here, else from the table of
+        released models; nothing is fetched.
+
+        Raises:
+            CheckpointError: the sizes of a part are not known.
+            ConfigError: the parts do not fit together.
+        """
+        dtype = DTYPES[options.pop("base_dtype", "fp32")]
+        policy = cls(*shapes.take_shapes(base, options, dtype=dtype), **options)
         policy.cast_frozen(dtype)
         return policy
 

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from rewardgen.commands import cluster
 from rewardgen.commands.options import (
     AsJson,
     CheckpointFolder,
@@ -69,6 +70,7 @@ world_app = typer.Typer(help=WORLD_HELP, no_args_is_help=True)
 app.add_typer(world_app, name="world")
 reward_app = typer.Typer(help=REWARD_HELP, no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
+app.add_typer(cluster.jobs_app, name="jobs")
 
 
 @app.command()
@@ -102,21 +104,59 @@ def train(
 
 
 @app.command()
-def check(experiment: ExperimentFile, overrides: Overrides = None, flavor: Flavor = None) -> None:
+def check(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    flavor: Flavor = None,
+    plan: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--plan/--no-plan",
+            help="Predict memory and time of a train step.",
+            show_default="if weights of the policy are not here",
+        ),
+    ] = None,
+    memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--memory", metavar="GB", help="Memory to fit into.", show_default="the device's, else 80"),
+    ] = None,
+) -> None:
     """Check an experiment without training: its keys, what it reads and whether that is here.
 
     Prints the experiment as it would run, and fetches nothing. Without --flavor
-    the other flavors are checked too.
+    the other flavors are checked too. The plan of memory and time comes from
+    shapes alone: the step runs on tensors that hold no numbers.
 
     Examples:
       rewardgen check experiments/uso_srl.yaml
       rewardgen check experiments/uso_srl.yaml --flavor flux-dev optimizer.lr=1e-5
+      rewardgen check experiments/uso_srl.yaml --flavor flux-dev --memory 48
     """
     from rewardgen import build, config
 
-    build.check(config.load_experiment(experiment, flavor, overrides or ()))
+    device_bytes = None if memory is None else memory * 1e9
+    loaded = config.load_experiment(experiment, flavor, overrides or ())
+    build.check(loaded, plan=plan, device_bytes=device_bytes)
     for other in config.flavors_of(experiment) if flavor is None else []:
         config.load_experiment(experiment, other, overrides or ())
+
+
+@app.command()
+def encode(experiment: ExperimentFile, overrides: Overrides = None, flavor: Flavor = None) -> None:
+    """Encode all prompts and pictures of an experiment's data ahead of training.
+
+    They go to the folder that policy.args.encodings names, by the hash of what
+    was encoded; what is there already is left alone. Training then loads neither
+    text encoders nor SigLIP, and computes what it would have computed with them.
+
+    Examples:
+      rewardgen encode experiments/uso_srl.yaml policy.args.encodings=encodings
+      rewardgen encode experiments/uso_srl.yaml --flavor flux-dev
+    """
+    from rewardgen import config
+    from rewardgen.commands import encode as command
+
+    command.run(config.load_experiment(experiment, flavor, overrides or ()))
 
 
 @app.command("eval")
@@ -220,6 +260,7 @@ def score(
       rewardgen score out -r csd -s look.png csd.checkpoint=csd.safetensors
       rewardgen score "out/**/*.png" -r ./my_reward.py:Warmth -r brightness
       rewardgen score group.png -r matching -i a.png -i b.png --explain faces.png
+      rewardgen score out -r dino --content cat.png dino.model=./dino-vits16
     """
     from rewardgen.commands import score as command
 
@@ -360,6 +401,9 @@ def reward_check(
 
     for line in check_spec(use, args or (), data):
         typer.echo(f"ok: {line}")
+
+
+app.command()(cluster.submit)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,20 +11,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
 from rewardgen import plugins, strict_yaml
 from rewardgen.errors import ConfigError, UserError, nearest
 from rewardgen.evaluation.evaluate import EvaluationConfig
+from rewardgen.evaluation.monitor import MonitorConfig
 from rewardgen.fleet.pool import FleetConfig
 from rewardgen.learner import OptimizerConfig
 from rewardgen.manifest import blot, blot_entries, is_secret
-from rewardgen.objective import ObjectiveConfig, check_differentiable
+from rewardgen.objective import ObjectiveConfig, check_differentiable, composition_faults
 from rewardgen.report import ReportConfig
 from rewardgen.rollout import RolloutConfig
-from rewardgen.settings import Plugin, Settings
+from rewardgen.settings import Plugin, Settings, SparseSettings
 from rewardgen.trainer import TrainConfig
 
 Fault = tuple[str, str]
@@ -35,6 +36,8 @@ _NAME = re.compile(r"[\w.\-]+")
 """Of a reward or witness: it becomes a key of reports, a column of tables and a part of overrides."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _LONGEST_FAULT = 500
+_WORDS = {"fleet": "pool"}
+"""Sections that a word may stand for, and the key it is the value of: `fleet: ray` is `fleet: {pool: ray}`."""
 
 
 class DataConfig(Settings):
@@ -46,8 +49,10 @@ class DataConfig(Settings):
     """What it is judged on; no example of it may occur in `train`."""
 
 
-class Experiment(Settings):
+class Experiment(SparseSettings):
     """Everything a run depends on. One file, one of its flavors, and the overrides."""
+
+    sparse: ClassVar[frozenset[str]] = frozenset({"monitor"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the run's folder."""
@@ -63,6 +68,7 @@ class Experiment(Settings):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     fleet: FleetConfig = Field(default_factory=FleetConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+    monitor: MonitorConfig = MonitorConfig()
 
 
 def flavors_of(path: Path) -> list[str]:
@@ -84,13 +90,13 @@ def load_experiment(path: Path, flavor: str | None = None, overrides: Sequence[s
     """
     raw, lines = strict_yaml.load_file(path)
     flavors = _flavors(raw, path)
-    base = {key: value for key, value in raw.items() if key != "flavors"}
+    base = _spelled_out({key: value for key, value in raw.items() if key != "flavors"})
     chosen = flavor or (DEFAULT_FLAVOR if DEFAULT_FLAVOR in flavors else next(iter(flavors), None))
     if chosen is not None and chosen not in flavors:
         guess = nearest(chosen, flavors) or f" There are: {', '.join(flavors) or 'none'}."
         raise ConfigError(f"{path} has no flavor '{chosen}'.{guess}")
     changes = _parse_overrides(overrides)
-    merged = overlay(overlay(base, flavors.get(chosen, {}) if chosen else {}), changes)
+    merged = overlay(overlay(base, _spelled_out(flavors.get(chosen, {}) if chosen else {})), changes)
     experiment, faults = None, list(strict_yaml.unusable(merged))
     if not faults:
         experiment, faults = _validate(merged)
@@ -139,6 +145,11 @@ def _flavors(raw: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     return {name: changes or {} for name, changes in flavors.items()}
 
 
+def _spelled_out(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """With the sections that a word stands for written out."""
+    return {k: {_WORDS[k]: value} if k in _WORDS and isinstance(value, str) else value for k, value in tree.items()}
+
+
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for override in overrides:
@@ -150,6 +161,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if parts[0] == "flavors":
             raise ConfigError(f"override '{text}': choose a flavor with --flavor")
         value, _ = strict_yaml.load(written, f"override '{text}'")
+        if isinstance(value, str) and len(parts) == 1 and parts[0] in _WORDS:
+            parts.append(_WORDS[parts[0]])
         place = changes
         for part in parts[:-1]:
             place = place.setdefault(part, {})
@@ -298,12 +311,15 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
             check_differentiable(name, plugins.resolve("rewards", term.use))
         except ConfigError as error:
             yield "", str(error)
+    yield from ((f"objective.{path}", message) for path, message in composition_faults(objective))
     if set(objective.rewards) & set(experiment.evaluation.witnesses):
         shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
         yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"
     if experiment.evaluation.grid_examples > experiment.evaluation.num_examples:
         shown, drawn = experiment.evaluation.grid_examples, experiment.evaluation.num_examples
         yield "evaluation.grid_examples", f"{shown} pictures cannot be shown of evaluation.num_examples = {drawn}"
+    if experiment.train.strategy == "fsdp" and (experiment.fleet.pool != "inline" or experiment.fleet.staleness):
+        yield "fleet", "a sharded model draws its own rollouts with its newest weights: pool inline, staleness 0"
     yield from _value_checks(experiment)
 
 

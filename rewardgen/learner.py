@@ -2,6 +2,8 @@
 
     L = w_fm * mean(L_fm) - sum_r w_r * mean(r(decode(clean_hat)))        (USO section 3: L_pre + lambda * L_SRL)
 
+where a term may also depend on the scores of several rewards, t(r_1 .. r_k) in r's place (`composition`).
+
 With several processes each has micro-batches of its own, and every mean goes over the valid examples of all of them.
 
 Shape suffixes: B batch, L latent tokens, C channels per token, H and W pixels.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +24,13 @@ from rewardgen import gradients, sharding
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
-from rewardgen.flow.window import WindowConfig, run_window
+from rewardgen.flow.window import WindowConfig, by_entry, run_window
 from rewardgen.gradients import TermSums, cosines, global_norm, norms, weighted_sum
 from rewardgen.measure import Clock
-from rewardgen.objective import FLOW_MATCHING, Objective, masked_sum
+from rewardgen.objective import FLOW_MATCHING, Objective
 from rewardgen.optimizer import Optimizer, OptimizerConfig
 from rewardgen.policy import Mode, Policy
-from rewardgen.reward import score
+from rewardgen.reward_leg import reward_leg
 from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
 from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.types import Condition, Example, Rollout, StepReport, VelocityFn
@@ -118,15 +120,18 @@ class Learner:
         """
         clock = Clock(device_of(self.policy))
         sums = TermSums()
-        merge = len(micro_batches) == 1 and not self.term_grad_norms
+        entries = max([1, *(len(batch.rollout.trajectory.kept_steps) for batch in micro_batches if batch.rollout)])
+        merge = len(micro_batches) == 1 and not self.term_grad_norms and entries == 1
         for batch in micro_batches:
             # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
             seed_globals(derive_seed("micro_batch", step, *batch.seed_B))
             if self.objective.weight(FLOW_MATCHING, step) > 0:
                 with clock.phase("flow_matching"):
                     self._flow_matching(batch, sums)
-            if batch.rollout is not None:
-                self._rewards(batch.rollout, batch.image_size, sums, step=step, merge=merge, clock=clock)
+            if (rollout := batch.rollout) is not None:
+                for trajectory in by_entry(rollout.trajectory):
+                    entered = replace(rollout, trajectory=trajectory)
+                    self._rewards(entered, batch.image_size, sums, step=step, merge=merge, clock=clock)
         with clock.phase("optimizer"):
             self._sum_over_processes(sums, step)
 
@@ -142,6 +147,8 @@ class Learner:
             applied = gradient is not None and finite
             if gradient is not None and finite:
                 self._optimizer.update(gradient, grad_norm, step=step)
+        metrics = self.objective.metrics(sums.scores, step)
+        self.objective.update(sums.scores, step)
         drawn_by = self.version
         self._count(applied, finite, culprits=_not_finite(terms, grad_norms), step=step)
         return StepReport(
@@ -149,8 +156,8 @@ class Learner:
             policy_version=drawn_by,
             loss=sum(terms.values()),
             terms=terms,
-            reward_means={n: sums.values[n] / c for n, c in sums.counts.items() if n != FLOW_MATCHING and c},
-            valid_counts=dict(sums.counts),
+            reward_means={name: of.total / of.count for name, of in sums.scores.items() if of.count},
+            valid_counts=sums.valid_counts(),
             grad_norm=grad_norm,
             grad_norms=grad_norms,
             lr=self._optimizer.lr(step),
@@ -158,7 +165,7 @@ class Learner:
             skipped=not applied,
             seconds_by_phase=clock.seconds_by_phase,
             peak_memory_bytes=clock.peak_memory_bytes(),
-            metrics=cosines(sums.gradients, parts, self._complete) if finite else {},
+            metrics=metrics | (cosines(sums.gradients, parts, self._complete) if finite else {}),
         )
 
     def _sum_over_processes(self, sums: TermSums, step: int) -> None:
@@ -206,11 +213,9 @@ class Learner:
     def _rewards(
         self, rollout: Rollout, image_size: tuple[int, int], sums: TermSums, *, step: int, merge: bool, clock: Clock
     ) -> None:
-        """Add `sum_B r(decode(clean_hat))` for each active reward r, over its valid examples.
+        """Add `sum_B t(r_1 .. r_k)`, r = r(decode(clean_hat)), for each term t of the objective, over what it counts.
 
-        Backpropagation goes in two legs that meet at the pixels: each reward's own, whose graph is freed before the
-        next reward is asked, and the policy's. At the pixels the rows of invalid examples are cleared, so that a NaN
-        made by a failed score ends there.
+        Backpropagation goes in two legs that meet at the pixels: the rewards' (`reward_leg`), then the policy's.
         """
         examples = rollout.examples
         with torch.enable_grad(), clock.phase("window"):
@@ -219,21 +224,11 @@ class Learner:
             clean_BLC = run_window(velocity, rollout.trajectory, self.window, enable_grad=True)
         with torch.enable_grad(), clock.phase("decode"):
             pixels_B3HW = self.policy.decode(clean_BLC, image_size)
-        pixel_grads: dict[str, Tensor] = {}
         with clock.phase("score"):
-            for name in self.objective.active_rewards(step):
-                seen_B3HW = pixels_B3HW.detach().to(torch.promote_types(pixels_B3HW.dtype, torch.float32))
-                seen_B3HW.requires_grad_()
-                result = score(self.objective.rewards[name], seen_B3HW, examples, enable_grad=True)
-                sums.add_valid(name, result.valid_B)
-                total, count = masked_sum(result)
-                sums.add(name, total, count)
-                if count:
-                    (grad_B3HW,) = torch.autograd.grad(total, seen_B3HW)
-                    valid_B = result.valid_B.to(grad_B3HW.device)
-                    pixel_grads[name] = grad_B3HW.where(valid_B[:, None, None, None], 0.0).to(pixels_B3HW.dtype)
-                elif self._sharded:
-                    pixel_grads[name] = torch.zeros_like(pixels_B3HW)
+            pixel_grads = reward_leg(self.objective, pixels_B3HW, examples, sums, step=step)
+            if self._sharded:
+                weighted = [name for name in self.objective.rules(step) if self.objective.weight(name, step)]
+                pixel_grads = {name: pixel_grads.get(name, torch.zeros_like(pixels_B3HW)) for name in weighted}
         if merge and len(self.objective.active_rewards(step)) > 1:
             said = self.processes.exchange("the scores", sums.counts)
             counts = {name: sum(other.get(name, 0) for other in said) for name in pixel_grads}

@@ -63,6 +63,7 @@ class Trajectory:
         entry_step: index of the first step that was *not* taken: the state below is at `sigmas_T[entry_step]`.
         entry_BLC: latents at the entry step.
         steps_SBLC: stored states when asked for, else None.
+        kept_steps: the steps that those states stand before, in their order.
         log_prob_BS: log-probabilities of stochastic steps, else None.
         seed_B: the seed of each sample's noise.
     """
@@ -72,6 +73,7 @@ class Trajectory:
     entry_BLC: Tensor
     seed_B: tuple[int, ...]
     steps_SBLC: Tensor | None = None
+    kept_steps: tuple[int, ...] = ()
     log_prob_BS: Tensor | None = None
 
     @property
@@ -127,6 +129,7 @@ class RolloutRequest:
         num_steps: denoising steps T of the whole schedule.
         stop_step: steps to take without gradient; T draws the whole picture.
         decode: also decode the final latents into pixels (needs `stop_step == num_steps`).
+        keep_steps: keep the states before these steps too, each at most `stop_step`.
     """
 
     step: int
@@ -136,6 +139,7 @@ class RolloutRequest:
     num_steps: int
     stop_step: int
     decode: bool = False
+    keep_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from rewardgen.checkpoint import save_checkpoint
 from rewardgen.cli import main
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.policies import official
+from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.uno import DEFAULT_RANK, UnoPolicy
 from rewardgen.policies.uso import UsoPolicy
 from rewardgen.policy import noise_like_request
@@ -164,3 +165,36 @@ def test_released_rank_is_the_default() -> None:
     assert DEFAULT_RANK == 512
     down = official.export_lora(make_policy(lora_rank=None).transformer)
     assert down["double_blocks.0.processor.qkv_lora1.down.weight"].shape == (512, 24)
+
+
+def test_stored_references_are_those_of_their_size(tmp_path: Path) -> None:
+    """One portrait is kept twice: at the size it has alone, and at the one it has beside another."""
+    store = EncodingStore(tmp_path, {kind: kind for kind in ("text", "content", "target")})
+    first, second = make_policy(store=store), make_policy(store=store)
+    made = first.encode(EXAMPLES)
+    alone, beside = made.references_B[1][0], made.references_B[2][0]
+    assert alone.grid != beside.grid
+    target = picture(9, *SIZE)[None]
+    clean = first.encode_pixels(target)
+    second.vae.encode = second.text_encoder.forward = None  # whatever comes now comes from the folder
+    again = second.encode(EXAMPLES)
+    for before, after in zip(made.references_B, again.references_B, strict=True):
+        assert [reference.grid for reference in before] == [reference.grid for reference in after]
+        assert all(torch.equal(a.tokens_NP, b.tokens_NP) for a, b in zip(before, after, strict=True))
+    assert torch.equal(second.encode_pixels(target), clean)
+    plain = make_policy().encode(EXAMPLES)
+    assert torch.equal(plain.references_B[2][0].tokens_NP, beside.tokens_NP)
+
+
+def test_blueprint_has_the_released_sizes() -> None:
+    with torch.device("meta"):
+        policy = UnoPolicy.blueprint(
+            "black-forest-labs/FLUX.1-dev",
+            lora="owner/name:dit_lora.safetensors",
+            base_dtype="bf16",
+            encodings="nowhere",
+            several_long_side=320,
+        )
+    assert sum(parameter.numel() for parameter in policy.trainable().values()) == 4 * 239_075_328  # 4 x rank 128
+    assert policy.text_encoder is None
+    assert policy.transformer.x_embedder.weight.dtype == torch.bfloat16

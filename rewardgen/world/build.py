@@ -88,14 +88,14 @@ def build_world(names: Sequence[str] = (), *, folder: Path = ASSETS, steps_facto
 
 
 def stale(name: str, piece: Piece, folder: Path = ASSETS) -> str:
-    """Why a piece has to be made again, or an empty string."""
+    """Why a piece has to be made (again), or an empty string."""
     entry = _manifest(folder).get(name)
     if entry is None:
-        return f"{name}: never made"
+        return "not built"
     current = _entry(piece, folder, entry.get("steps_factor", 1.0))
     for key in ("recipes", "generator", "needs", "files"):
         if entry.get(key) != current[key]:
-            return f"{name}: {key} changed"
+            return f"{key} changed"
     return ""
 
 
