@@ -17,6 +17,8 @@ ASSETS = Path(__file__).resolve().parent / "world" / "assets"
 
 _HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[\w.-]+(/[\w.-]+)*)")
 _HUB_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NOT_READ = {"cache_dir", "served_model"}
+"""Keys of strings that look like a source and are none: a folder to write, the name of a model on a server."""
 _FILE_ENDINGS = {".safetensors", ".json", ".jsonl", ".pt", ".pth", ".bin", ".ckpt", ".yaml", ".txt"}
 
 
@@ -41,7 +43,7 @@ def find_sources(args: Any, path: str) -> Iterator[Source]:
     """Yield every source named in (nested) plug-in arguments. Contacts no host: the hub's cache is looked into."""
     if isinstance(args, Mapping):
         for key, value in args.items():
-            if not is_secret(str(key)):
+            if not is_secret(str(key)) and key not in _NOT_READ:
                 yield from find_sources(value, f"{path}.{show(str(key))}")
     elif isinstance(args, list | tuple):
         for index, value in enumerate(args):
@@ -61,7 +63,7 @@ def materialise(args: Any, path: str) -> Any:
     """
     if isinstance(args, Mapping):
         return {
-            key: value if is_secret(str(key)) else materialise(value, f"{path}.{show(str(key))}")
+            key: value if is_secret(str(key)) or key in _NOT_READ else materialise(value, f"{path}.{show(str(key))}")
             for key, value in args.items()
         }
     if isinstance(args, list | tuple):
