@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -16,7 +17,13 @@ from rewardgen.rewards.brightness import Brightness
 from rewardgen.rewards.csd import CsdConfig, CsdModel, CsdReward
 from rewardgen.rewards.faces.encoder import FaceEncoder
 from rewardgen.rewards.identity import IdentityReward
+from rewardgen.rewards.judging.local import LocalModel
+from rewardgen.rewards.judging.questions import load_question
 from rewardgen.rewards.matching import MatchingReward
+from rewardgen.rewards.vlm_judge import VlmJudge
+from rewardgen.rewards.vlm_judge_local import LocalVlmJudge
+from rewardgen.world.tiny_vlm import tiny_llava
+from tests.judge_servers import JudgeServer
 from tests.toy_faces import CROP, TwoPlaces, tiny_iresnet
 
 
@@ -30,6 +37,17 @@ def tiny_faces() -> FaceEncoder:
     return FaceEncoder(TwoPlaces(), tiny_iresnet(), crop_size=CROP)
 
 
+@functools.cache
+def judge_server() -> JudgeServer:
+    """One for all tests; its thread ends with the process."""
+    return JudgeServer().__enter__()
+
+
+def tiny_local_judge() -> LocalVlmJudge:
+    sizes = {"vision_width": 24, "vision_layers": 2, "text_width": 24, "text_layers": 2}
+    return LocalVlmJudge(LocalModel(*tiny_llava(image_size=32, **sizes), load_question("style")))
+
+
 TINY: dict[str, Callable[[], Reward]] = {
     "brightness": Brightness,
     "csd": tiny_csd,
@@ -37,6 +55,8 @@ TINY: dict[str, Callable[[], Reward]] = {
     "identity": lambda: IdentityReward(tiny_faces()),
     "matching": lambda: MatchingReward(tiny_faces()),
     "matching, options": lambda: MatchingReward(tiny_faces(), normalise="matches", floor=0.0, miss=0.5, extra=0.5),
+    "vlm_judge": lambda: VlmJudge("style", (judge_server().url,), "tiny"),
+    "vlm_judge_local": tiny_local_judge,
 }
 """Rewards with tiny random weights, by the file's name; variants after a comma."""
 
