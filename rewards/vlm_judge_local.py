@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rewardgen.reward import Reward
+from rewardgen.rewards.judging.fit import Agreement, FitConfig, agreement, fit
 from rewardgen.rewards.judging.local import LocalModel, load_model
 from rewardgen.rewards.judging.questions import load_question
 from rewardgen.types import Example, Score
@@ -28,6 +30,8 @@ class LocalVlmJudge(Reward):
     """
 
     differentiable = True
+    FitConfig: ClassVar[type[FitConfig]] = FitConfig
+    """What `fit` is told, for who has this class by its name alone."""
 
     def __init__(self, judge: LocalModel) -> None:
         super().__init__()
@@ -59,6 +63,18 @@ class LocalVlmJudge(Reward):
         asked = load_question(question)
         weights, processor = load_model(model, getattr(torch, dtype))
         return cls(LocalModel(weights, processor, asked, checkpointing=checkpointing, round_8bit=round_8bit))
+
+    def fit(self, examples: Sequence[Example], folder: Path, config: FitConfig) -> None:
+        """Teach this judge labelled pictures and save it to a folder; read that for the taught one. See `judging.fit`.
+
+        Raises:
+            ConfigError: TRL is not installed, or labels are missing or unknown.
+        """
+        fit(self.judge, examples, folder, config)
+
+    def agreement(self, examples: Iterable[Example]) -> Agreement:
+        """How far this judge agrees with labelled pictures. Raises ConfigError for missing or unknown labels."""
+        return agreement(self.judge, examples)
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         values, masses = [], []
