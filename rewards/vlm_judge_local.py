@@ -64,7 +64,7 @@ class LocalVlmJudge(Reward):
         weights, processor = load_model(model, getattr(torch, dtype))
         return cls(LocalModel(weights, processor, asked, checkpointing=checkpointing, round_8bit=round_8bit))
 
-    def fit(self, examples: Sequence[Example], folder: Path, config: FitConfig) -> None:
+    def fit(self, examples: Iterable[Example], folder: Path, config: FitConfig) -> None:
         """Teach this judge labelled pictures and save it to a folder; read that for the taught one. See `judging.fit`.
 
         Raises:

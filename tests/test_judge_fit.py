@@ -190,7 +190,7 @@ class TestPairs:
             label: [e.extras["similarity"] for e in found if e.extras["label"] == label] for label in ("yes", "no")
         }
         assert len(by_label["yes"]) == len(by_label["no"]) == 30
-        assert min(by_label["yes"]) == pytest.approx(1.0)
+        assert min(by_label["yes"]) > 0.99
         assert max(by_label["no"]) < 0.85
         assert sum(0.3 < s < UNLIKE for s in by_label["no"]) >= 3
         assert all(load_question("style").put(e.target, e) is not None for e in found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,10 @@ from rewardgen.types import Example
 from rewardgen.world.scenes import Split, concat, draw_contents, draw_styles, render, spoil, take
 from rewardgen.world.similarity import style_similarity
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+_CHUNK = 256
 _SEEDS = {"train": 5_000_000, "held_out": 6_000_000}
 UNLIKE = 0.6
 """Spoiled styles count as another style where the true similarity is below this."""
@@ -42,6 +48,15 @@ class StylePairs:
         self._similarity = style_similarity(style, shown).diag()
         self._reference = _bytes(render(draw_contents(size, base + 3, which), style, base + 4))
         self._picture = _bytes(render(draw_contents(size, base + 5, which), shown, base + 6))
+
+    def disturb(self, vae: AutoencoderKL, seed: int) -> None:
+        """Give three quarters of the pictures an autoencoder's artefacts, noise or blur, which are no style."""
+        from rewardgen.world.recipes.nuisance import disturb
+
+        for offset, pictures in enumerate((self._reference, self._picture)):
+            for first in range(0, len(pictures), _CHUNK):
+                chunk = pictures[first : first + _CHUNK]
+                chunk.copy_(_bytes(disturb(chunk / 255, vae, seed + 2 * first + offset)))
 
     def __len__(self) -> int:
         return len(self._similarity)

@@ -20,6 +20,9 @@ from transformers import (
 
 from rewardgen.rewards.judging.questions import TEMPLATES
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the processor, as CLIP's."""
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}{% for part in message['content'] %}"
@@ -98,7 +101,10 @@ def _processor(image_size: int, patch_size: int) -> LlavaProcessor:
     )  # fmt: skip
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+            image_mean=list(CLIP_MEAN),
+            image_std=list(CLIP_STD),
         ),
         tokenizer=wrapped,
         patch_size=patch_size,

@@ -10,7 +10,7 @@ import importlib
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def agreement(judge: LocalModel, examples: Iterable[Example]) -> Agreement:
     )
 
 
-def fit(judge: LocalModel, examples: Sequence[Example], folder: Path, config: FitConfig) -> None:
+def fit(judge: LocalModel, examples: Iterable[Example], folder: Path, config: FitConfig) -> None:
     """Teach a judge its answers by TRL's `SFTTrainer` (loss on the answer alone), and save it to a folder.
 
     The model in memory is used up: read the folder again with `load_model`. With LoRA the folder holds an adapter.
