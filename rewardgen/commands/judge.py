@@ -112,12 +112,13 @@ def _arguments(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _table(report: Mapping[str, Any], output: Path) -> str:
     before, after = report["before"], report["after"]
-    rows = [("", "before", "after", "held out")]
-    rows.append(("balanced accuracy", *_shares(before, after, "balanced_accuracy"), str(sum(after["counts"].values()))))
-    rows.append(("accuracy", *_shares(before, after, "accuracy"), ""))
+    rows = [
+        ("", "before", "after", "held out"),
+        ("balanced accuracy", *_shares(before, after, "balanced_accuracy"), str(sum(after["counts"].values()))),
+        ("accuracy", *_shares(before, after, "accuracy"), ""),
+    ]
     for label, count in after["counts"].items():
-        shares = (f"{report[when]['recalls'][label]:.3f}" for when in ("before", "after"))
-        rows.append((f"  of '{label}'", *shares, str(count)))
+        rows.append((f"  of '{label}'", *_shares(before["recalls"], after["recalls"], label), str(count)))
     lines = [f"{name:<18}{a:>8}{b:>8}{count:>10}" for name, a, b, count in rows]
     return "\n".join([*lines, f"judge: {output}"])
 
