@@ -26,7 +26,7 @@ class VlmJudge(Reward):
 
     P(yes) is read from log-probabilities where the service returns them; otherwise the reply's text is taken, if it
     is an answer and nothing else. Every other reply and every failed call leaves its picture without a valid score.
-    Several failures are told in one `RewardWarning`, with their reasons.
+    The first failure of each kind is told in a `RewardWarning`, with its reason.
 
     `Score.metrics` counts pictures: `by_logprob`, `by_text`, `from_cache`, `failed`, `not_applicable`; and calls:
     `attempts`, and the failed ones by kind (`rate_limited`, `timeout`, `server_error`, `connection`, `nonsense`,
@@ -77,6 +77,7 @@ class VlmJudge(Reward):
     ) -> None:
         super().__init__()
         self.question = load_question(question)
+        self._told: set[str] = set()
         self.service = JudgeService(
             ServiceConfig(
                 urls=tuple(urls),
@@ -116,14 +117,18 @@ class VlmJudge(Reward):
         )
 
     def _warn(self, outcomes: Sequence[Outcome]) -> None:
-        reasons = [f"{outcome.kind}: {outcome.reason}" for outcome in outcomes if outcome.answer is None]
-        if reasons:
-            told = "; ".join(list(dict.fromkeys(reasons))[:_EXAMPLES_OF_FAILURES])
+        """Tell of failures, of each kind once: how many there are, the counts say."""
+        failed = [outcome for outcome in outcomes if outcome.answer is None]
+        kinds = {str(outcome.kind) for outcome in failed}
+        if kinds - self._told:
+            reasons = dict.fromkeys(f"{outcome.kind}: {outcome.reason}" for outcome in failed)
             warnings.warn(
-                f"the judge failed on {len(reasons)} of {len(outcomes)} pictures, which are masked and counted: {told}",
+                f"the judge failed on {len(failed)} of {len(outcomes)} pictures, which are masked and counted, as"
+                f" further ones will be: {'; '.join(list(reasons)[:_EXAMPLES_OF_FAILURES])}",
                 RewardWarning,
                 stacklevel=2,
             )
+            self._told |= kinds
 
 
 def _count(outcomes: Sequence[Outcome]) -> dict[str, float]:

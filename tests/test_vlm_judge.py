@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rewardgen import plugins
 from rewardgen.errors import ConfigError
+from rewardgen.manifest import redact
 from rewardgen.reward import RewardWarning, check_reward, score
 from rewardgen.rewards.judging.cache import Answer, AnswerCache
 from rewardgen.rewards.judging.client import CallError, _parse, check_url
@@ -35,6 +36,7 @@ from rewardgen.rewards.judging.questions import (
     read_text,
 )
 from rewardgen.rewards.vlm_judge import VlmJudge
+from rewardgen.sources import find_sources, materialise
 from rewardgen.types import Example
 from tests.judge_servers import JudgeServer, belief, digest
 
@@ -180,6 +182,12 @@ class TestReplies:
         tokens = [{"token": "\n", "logprob": 0.0}, {"token": "No", "logprob": -0.1, "top_logprobs": []}]
         choice = {"message": {"content": "\nNo"}, "logprobs": {"content": tokens}}
         assert _parse({"choices": [choice]}).candidates == (("No", -0.1),)
+
+    @pytest.mark.parametrize("logprob", [10**400, float("nan"), True, None, "-1", float("-inf")])
+    def test_odd_numbers_are_no_log_probabilities(self, logprob):
+        choice = {"message": {"content": "No"}, "logprobs": {"content": [{"token": "No", "logprob": logprob}]}}
+        found = _parse({"choices": [choice]}).candidates
+        assert found is None or read_logprobs(STYLE, found) is None
 
     @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["choices", "message", "content", "logprobs", "token", "logprob", "top_logprobs"]), x, max_size=4), max_leaves=8))  # fmt: skip  # noqa: E501
     def test_any_json_is_a_reply_or_nonsense(self, content):
@@ -473,6 +481,13 @@ class TestKeys:
 
     def test_urls_that_can(self):
         assert check_url("http://h:80/v1/") == check_url("http://h:80/v1/chat/completions") == "http://h:80/v1"
+
+
+def test_an_experiment_may_be_shown_and_needs_no_source() -> None:
+    args = {"served_model": "owner/model", "cache_dir": "./answers", "key_env": "OPENAI_API_KEY", "question": "style"}
+    assert list(find_sources(args, "a")) == []
+    assert materialise(args, "a") == args
+    assert redact(args) == args
 
 
 def test_a_picture_is_sent_as_its_8_bit_file() -> None:

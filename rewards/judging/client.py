@@ -21,6 +21,8 @@ from rewardgen.errors import ConfigError
 Kind: TypeAlias = Literal["rate_limited", "timeout", "server_error", "connection", "nonsense", "refused"]
 KINDS: tuple[Kind, ...] = ("rate_limited", "timeout", "server_error", "connection", "nonsense", "refused")
 _MAX_REPLY_BYTES = 8 << 20
+_LARGEST_LOGPROB = 1e5
+"""Services write -9999 or the like for what is as good as impossible; what is beyond this is no number to read."""
 
 
 class CallError(Exception):
@@ -118,7 +120,7 @@ def call(url: str, body: bytes, *, key: str | None, timeout_s: float) -> Reply:
         raise CallError("connection", _clean(f"{type(reason).__name__}: {reason}", key)) from None
     try:
         return _parse(json.loads(content))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OverflowError):
         raise CallError("nonsense", "the reply is no JSON") from None
 
 
@@ -208,7 +210,7 @@ def _first_word(tokens: Sequence[Any]) -> tuple[tuple[str, float], ...] | None:
             found: dict[str, float] = {}
             for entry in entries:
                 name, value = (entry.get("token"), entry.get("logprob")) if isinstance(entry, dict) else (None, None)
-                if isinstance(name, str) and isinstance(value, int | float) and not isinstance(value, bool):
+                if isinstance(name, str) and isinstance(value, int | float) and abs(value) < _LARGEST_LOGPROB:
                     found.setdefault(name, float(value))
             return tuple(found.items()) or None
     return None

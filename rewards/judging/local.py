@@ -111,6 +111,8 @@ class LocalModel(nn.Module):
             raise ConfigError(f"question: '{question.name}' asks for reasons first, which only vlm_judge can read")
         if not getattr(processor, "chat_template", None):
             raise ConfigError(f"model: the processor of '{name}' has no chat template")
+        if not isinstance(getattr(processor, "image_token", None), str):
+            raise ConfigError(f"model: the processor of '{name}' has no token for a picture")
         self.preprocess = Preprocess.of(processor.image_processor, name=f"model: '{name}'")
         self.model, self.processor, self.question = model, processor, question
         self.round_8bit = round_8bit
