@@ -27,10 +27,13 @@ def load_model(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
         ConfigError: something that its processor needs is not installed.
         CheckpointError: there is no such model, or it is damaged or of another kind.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        if getattr(processor.image_processor, "backend", "pil") != "pil":
+            # torchvision, where it is installed, resizes by other arithmetic than models were trained with.
+            processor.image_processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         weights = AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
@@ -146,7 +149,7 @@ class LocalModel(nn.Module):
         inputs = {name: tensor.to(weight.device) for name, tensor in self._inputs(parts).items()}
         # A reward differs between pictures in its third digit; autocast's bfloat16 would drown that.
         with torch.autocast(weight.device.type, enabled=False):
-            pixels = torch.stack(seen).to(weight.dtype)
+            pixels = self.preprocess.batch(seen).to(weight.dtype)
             logits = self.model(**inputs, pixel_values=pixels, use_cache=False, logits_to_keep=1).logits[0, -1]
         logits_V = logits if logits.dtype == torch.float64 else logits.float()
         log_p_V = logits_V.log_softmax(-1)
