@@ -57,10 +57,10 @@ def judge_fit(
     comes with the extra `judge`.
 
     Examples:
-      rewardgen judge fit llava-hf/llava-1.5-7b-hf --data pairs.jsonl \
+      rewardgen judge fit llava-hf/llava-1.5-7b-hf --data pairs.jsonl \\
         --held-out held_out.jsonl --output judges/style --dtype bfloat16
-      rewardgen judge fit world:judge -o judges/longer --steps 200 \
-        --data rewardgen.world.pairs:StylePairs data.size=2000 \
+      rewardgen judge fit world:judge -o judges/longer --steps 200 \\
+        --data rewardgen.world.pairs:StylePairs data.size=2000 \\
         --held-out rewardgen.world.pairs:StylePairs held_out.split=held_out
     """
     from rewardgen.commands import judge as command
