@@ -30,7 +30,7 @@ class LocalVlmJudge(Reward):
     """
 
     differentiable = True
-    FitConfig: ClassVar[type[FitConfig]] = FitConfig
+    fit_config: ClassVar[type[FitConfig]] = FitConfig
     """What `fit` is told, for who has this class by its name alone."""
 
     def __init__(self, judge: LocalModel) -> None:

@@ -52,7 +52,7 @@ def fit(
     given = _arguments(arguments)
     with common.chatter_to_stderr() as answer:
         cls = plugins.resolve("rewards", LOCAL_JUDGE)
-        config = cls.FitConfig(**settings)
+        config = cls.fit_config(**settings)
         train = _examples("data", data, given["data"])
         unseen = _examples("held_out", held_out, given["held_out"])
         _check_apart(train, unseen)

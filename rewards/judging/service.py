@@ -183,7 +183,7 @@ class JudgeService:
         if error.retry_after_s is not None:
             return error.retry_after_s * (1 + 0.25 * self._random.random())
         tries = limited if error.kind == "rate_limited" else charged
-        longest = min(_LONGEST_WAIT_S, self.config.backoff_s * 2.0 ** min(tries - 1, 16))
+        longest = min(_LONGEST_WAIT_S, self.config.backoff_s * float(2 ** min(tries - 1, 16)))
         return longest * (0.5 + 0.5 * self._random.random())
 
     def _body(self, question: Question, parts: Sequence[Part]) -> dict[str, Any]:
