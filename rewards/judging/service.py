@@ -180,8 +180,9 @@ class JudgeService:
 
     def _wait(self, error: CallError, charged: int, limited: int) -> float:
         """Seconds until the next try: twice as long each time, at random, so that callers do not come back at once."""
-        if error.retry_after_s is not None:
-            return error.retry_after_s * (1 + 0.25 * self._random.random())
+        asked_s: float | None = error.retry_after_s
+        if asked_s is not None:
+            return asked_s * (1 + 0.25 * self._random.random())
         tries = limited if error.kind == "rate_limited" else charged
         longest = min(_LONGEST_WAIT_S, self.config.backoff_s * float(2 ** min(tries - 1, 16)))
         return longest * (0.5 + 0.5 * self._random.random())
