@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from rewardgen import plugins, sources, strict_yaml
@@ -19,7 +18,7 @@ from rewardgen.checkpoint import has_checkpoints, latest_checkpoint, load_checkp
 from rewardgen.config import Experiment, plugins_in
 from rewardgen.data.buckets import BucketedDataset
 from rewardgen.distributed import Processes, launched
-from rewardgen.errors import CheckpointError, ConfigError, UserError, nearest
+from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
 from rewardgen.evaluation.evaluate import Evaluation, evaluate
 from rewardgen.evaluation.grid import save_grid
@@ -276,25 +275,10 @@ def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: flo
         policy.latent_shape(experiment.rollout.image_size)
         console.print(f"trained: {_count(policy)} parameters in {len(policy.trainable())} tensors")
     if plan or (plan is None and absent):
-        _print_plan(console, experiment, device_bytes, required=bool(plan))
+        from rewardgen import memory_plan
 
-
-def _print_plan(console: Console, experiment: Experiment, device_bytes: float | None, *, required: bool) -> None:
-    from rewardgen import memory_plan
-
-    try:
-        found = memory_plan.plan(experiment)
-    except UserError as error:
-        if required:
-            raise
-        console.print(f"what a step needs cannot be told yet: {error}", highlight=False, markup=False)
-        return
-    if device_bytes is None:
-        there = torch.cuda.is_available() and experiment.train.device != "cpu"
-        device_bytes = torch.cuda.get_device_properties(0).total_memory if there else 80e9
-    console.print("what a step needs on each device:")
-    for line in memory_plan.render(found, device_bytes=device_bytes):
-        console.print(line, highlight=False, markup=False)
+        for line in memory_plan.describe(experiment, device_bytes, required=bool(plan)):
+            console.print(line, highlight=False, markup=False)
 
 
 def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Evaluation, folder: Path) -> None:
