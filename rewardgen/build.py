@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rewardgen import plugins, sources, strict_yaml
+from rewardgen import memory_plan, plugins, sources, strict_yaml
 from rewardgen.checkpoint import has_checkpoints, latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
 from rewardgen.data.buckets import BucketedDataset
@@ -112,7 +112,7 @@ def assemble(experiment: Experiment, processes: Processes | None = None) -> Part
     policy: Policy = make("policy", "policies", experiment.policy)
     policy = spread(policy, processes, experiment.train.strategy).to(device)
     for size in (experiment.rollout.image_size, *(experiment.rollout.buckets or ())):
-        policy.latent_shape(size)  # refuses a size the model cannot draw
+        policy.latent_shape(size)  # refuses what the model cannot draw
     policy.enable_checkpointing(experiment.train.gradient_checkpointing)
     if experiment.train.compile:
         policy.compile_blocks()
@@ -242,12 +242,8 @@ def evaluate_checkpoint(
 def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: float | None = None) -> None:
     """Print the resolved experiment, what it reads and whether that is here, and what would be trained.
 
-    Nothing is fetched. Weights are read only where all of the policy's are here.
-
-    Args:
-        plan: also predict memory and time of a step, see `memory_plan`; None does where weights of the policy are not
-            here.
-        device_bytes: memory that the step has to fit into; None takes the device's, or 80 GB where there is none.
+    Nothing is fetched. Weights are read only where all of the policy's are here. `plan` adds what a step needs
+    (`memory_plan.describe`); None does where weights of the policy are not here.
 
     Raises:
         UserError: a bundled asset is missing, or local weights do not fit together.
@@ -269,16 +265,13 @@ def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: flo
         console.print(f"to be fetched from the hub when training starts: {', '.join(hub)}")
     if local:
         console.print(f"to be put in place before training: {', '.join(local)}")
-    absent = any(source.path.startswith("policy.") for source in missing)
-    if not absent:
+    if not (absent := any(source.path.startswith("policy.") for source in missing)):
         policy = make("policy", "policies", experiment.policy)
         policy.latent_shape(experiment.rollout.image_size)
         console.print(f"trained: {_count(policy)} parameters in {len(policy.trainable())} tensors")
     if plan or (plan is None and absent):
-        from rewardgen import memory_plan
-
-        for line in memory_plan.describe(experiment, device_bytes, required=bool(plan)):
-            console.print(line, highlight=False, markup=False)
+        lines = memory_plan.describe(experiment, device_bytes, required=bool(plan))
+        console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Evaluation, folder: Path) -> None:
