@@ -243,10 +243,7 @@ def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: flo
     """Print the resolved experiment, what it reads and whether that is here, and what would be trained.
 
     Nothing is fetched. Weights are read only where all of the policy's are here. `plan` adds what a step needs
-    (`memory_plan.describe`); None does where weights of the policy are not here.
-
-    Raises:
-        UserError: a bundled asset is missing, or local weights do not fit together.
+    (`memory_plan.describe`); None does where weights are not here. Raises UserError: an asset or weights do not fit.
     """
     console = _console()
     console.print(_as_yaml(experiment), markup=False, highlight=False, end="\n\n")

@@ -140,8 +140,7 @@ def check(
 def encode(experiment: ExperimentFile, overrides: Overrides = None, flavor: Flavor = None) -> None:
     """Encode all prompts and pictures of an experiment's data ahead of training.
 
-    They go to the folder that policy.args.encodings names. Training then loads
-    neither text encoders nor SigLIP.
+    They go to the folder that policy.args.encodings names, for training to read.
 
     Examples:
       rewardgen encode experiments/uso_srl.yaml policy.args.encodings=encodings
