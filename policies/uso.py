@@ -22,15 +22,10 @@ from rewardgen.policies.dit import grouped_velocity
 from rewardgen.policies.encoders import FluxEncoder, vae_latents, vae_pixels
 from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.packing import PATCH, Grid, PositionEncoding, image_ids, pack, unpack
-from rewardgen.policies.parts import (
-    FluxParts,
-    Sources,
-    check_sizes,
-    encoding_fingerprints,
-    load_parts,
-    load_siglip,
-    load_text,
-)
+from rewardgen.policies.parts import FluxParts, Sources, check_sizes, encoding_fingerprints
+from rewardgen.policies.parts import load_parts as load_parts
+from rewardgen.policies.parts import load_siglip as load_siglip
+from rewardgen.policies.parts import load_text as load_text
 from rewardgen.policies.projector import StyleProjector
 from rewardgen.policies.shapes import DEFAULT_RANK, DEFAULT_STYLE_TOKENS
 from rewardgen.policies.trained import Part, require_gradients, save_trained
@@ -188,12 +183,8 @@ class UsoPolicy(Policy):
             official.load_lora(parts.transformer, lora_file, rank=lora_rank)
         late: dict[str, Any] = {}
         if encodings is not None:
-            settings = {
-                "dtype": base_dtype,
-                "vae_encode": vae_encode,
-                "content_long_side": content_long_side,
-                "max_text_tokens": max_text_tokens,
-            }
+            settings: dict[str, Any] = {"dtype": base_dtype, "vae_encode": vae_encode}
+            settings |= {"content_long_side": content_long_side, "max_text_tokens": max_text_tokens}
             late = {
                 "store": EncodingStore(Path(encodings).expanduser(), encoding_fingerprints(sources, settings)),
                 "load_text": partial(load_text, sources, dtype),

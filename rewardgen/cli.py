@@ -117,8 +117,7 @@ def check(
     """Check an experiment without training: its keys, what it reads and whether that is here.
 
     Prints the experiment as it would run, and fetches nothing. Without --flavor
-    the other flavors are checked too. The plan of memory and time comes from
-    shapes alone: the step runs on tensors that hold no numbers.
+    the other flavors are checked too. A plan comes from shapes alone.
 
     Examples:
       rewardgen check experiments/uso_srl.yaml
@@ -127,9 +126,8 @@ def check(
     """
     from rewardgen import build, config
 
-    device_bytes = None if memory is None else memory * 1e9
     loaded = config.load_experiment(experiment, flavor, overrides or ())
-    build.check(loaded, plan=plan, device_bytes=device_bytes)
+    build.check(loaded, plan=plan, device_bytes=memory and memory * 1e9)
     for other in config.flavors_of(experiment) if flavor is None else []:
         config.load_experiment(experiment, other, overrides or ())
 
@@ -138,9 +136,7 @@ def check(
 def encode(experiment: ExperimentFile, overrides: Overrides = None, flavor: Flavor = None) -> None:
     """Encode all prompts and pictures of an experiment's data ahead of training.
 
-    They go to the folder that policy.args.encodings names, by the hash of what
-    was encoded; what is there already is left alone. Training then loads neither
-    text encoders nor SigLIP, and computes what it would have computed with them.
+    They go to the folder that policy.args.encodings names, for training to read.
 
     Examples:
       rewardgen encode experiments/uso_srl.yaml policy.args.encodings=encodings
