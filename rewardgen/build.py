@@ -10,13 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rewardgen import sources
+from rewardgen import memory_plan, sources
 from rewardgen.checkpoint import has_checkpoints, latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
 from rewardgen.construct import make as make
 from rewardgen.data.buckets import BucketedDataset
 from rewardgen.distributed import Processes, launched
-from rewardgen.errors import CheckpointError, ConfigError, UserError, nearest
+from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
 from rewardgen.evaluation.evaluate import Evaluation
 from rewardgen.evaluation.faces_grid import save_faces_grid
@@ -83,7 +83,7 @@ def assemble(experiment: Experiment, processes: Processes | None = None) -> Part
     policy: Policy = make("policy", "policies", experiment.policy)
     policy = spread(policy, processes, experiment.train.strategy).to(device)
     for size in (experiment.rollout.image_size, *(experiment.rollout.buckets or ())):
-        policy.latent_shape(size)  # refuses a size the model cannot draw
+        policy.latent_shape(size)  # refuses what the model cannot draw
     policy.enable_checkpointing(experiment.train.gradient_checkpointing)
     if experiment.train.compile:
         policy.compile_blocks()
@@ -228,15 +228,8 @@ def evaluate_checkpoint(
 def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: float | None = None) -> None:
     """Print the resolved experiment, what it reads and whether that is here, and what would be trained.
 
-    Nothing is fetched. Weights are read only where all of the policy's are here.
-
-    Args:
-        plan: also predict memory and time of a step, see `memory_plan`; None does where weights of the policy are not
-            here.
-        device_bytes: memory that the step has to fit into; None takes the device's, or 80 GB where there is none.
-
-    Raises:
-        UserError: a bundled asset is missing, or local weights do not fit together.
+    Nothing is fetched. Weights are read only where all of the policy's are here. `plan` adds what a step needs
+    (`memory_plan.describe`); None does where weights are not here. Raises UserError: an asset or weights do not fit.
     """
     console = _console()
     console.print(as_yaml(experiment), markup=False, highlight=False, end="\n\n")
@@ -255,25 +248,13 @@ def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: flo
         console.print(f"to be fetched from the hub when training starts: {', '.join(hub)}")
     if local:
         console.print(f"to be put in place before training: {', '.join(local)}")
-    absent = any(source.path.startswith("policy.") for source in missing)
-    if not absent:
+    if not (absent := any(source.path.startswith("policy.") for source in missing)):
         policy = make("policy", "policies", experiment.policy)
         policy.latent_shape(experiment.rollout.image_size)
         console.print(f"trained: {_count(policy)} parameters in {len(policy.trainable())} tensors")
     if plan or (plan is None and absent):
-        _print_plan(console, experiment, device_bytes, required=bool(plan))
-
-
-def _print_plan(console: Console, experiment: Experiment, device_bytes: float | None, *, required: bool) -> None:
-    from rewardgen import memory_plan
-
-    try:
-        lines = memory_plan.describe(experiment, device_bytes=device_bytes)
-    except UserError as error:
-        if required:
-            raise
-        lines = [f"what a step needs cannot be told yet: {error}"]
-    console.print("\n".join(lines), highlight=False, markup=False)
+        lines = memory_plan.describe(experiment, device_bytes, required=bool(plan))
+        console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Evaluation, folder: Path) -> None:

@@ -123,16 +123,23 @@ def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]
     return lines
 
 
-def describe(experiment: Experiment, *, device_bytes: float | None) -> list[str]:
-    """The plan in lines of text; `device_bytes` None takes the device's memory, or 80 GB where there is none.
+def describe(experiment: Experiment, device_bytes: float | None, *, required: bool) -> list[str]:
+    """The plan of an experiment as lines of text, or why there is none.
 
-    Raises:
-        UserError: see `plan`.
+    Args:
+        device_bytes: None takes the device's memory, or 80 GB where there is none.
+        required: raise the reason instead. Raises UserError then.
     """
+    try:
+        found = plan(experiment)
+    except UserError as error:
+        if required:
+            raise
+        return [f"what a step needs cannot be told yet: {error}"]
     if device_bytes is None:
         there = torch.cuda.is_available() and experiment.train.device != "cpu"
         device_bytes = torch.cuda.get_device_properties(0).total_memory if there else 80e9
-    return ["what a step needs on each device:", *render(plan(experiment), device_bytes=device_bytes)]
+    return ["what a step needs on each device:", *render(found, device_bytes=device_bytes)]
 
 
 def _gigabytes(size: float) -> str:

@@ -17,8 +17,8 @@ ASSETS = Path(__file__).resolve().parent / "world" / "assets"
 
 _HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[\w.-]+(/[\w.-]+)*)")
 _HUB_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WRITTEN = {"encodings"}
-"""Arguments that name a folder to be written, which need not be there."""
+_NOT_READ = {"encodings", "cache_dir", "served_model"}
+"""Arguments that look like a source and are none: folders to be written, the name of a model on a server."""
 _FILE_ENDINGS = {".safetensors", ".json", ".jsonl", ".pt", ".pth", ".bin", ".ckpt", ".yaml", ".txt"}
 
 
@@ -43,7 +43,7 @@ def find_sources(args: Any, path: str) -> Iterator[Source]:
     """Yield every source named in (nested) plug-in arguments. Contacts no host: the hub's cache is looked into."""
     if isinstance(args, Mapping):
         for key, value in args.items():
-            if not is_secret(str(key)) and key not in _WRITTEN:
+            if not is_secret(str(key)) and key not in _NOT_READ:
                 yield from find_sources(value, f"{path}.{show(str(key))}")
     elif isinstance(args, list | tuple):
         for index, value in enumerate(args):
@@ -65,7 +65,7 @@ def materialise(args: Any, path: str, *, fetch: bool = True) -> Any:
         CheckpointError: a hub file cannot be had.
     """
     if isinstance(args, Mapping):
-        kept = {key: value for key, value in args.items() if is_secret(str(key)) or key in _WRITTEN}
+        kept = {key: value for key, value in args.items() if is_secret(str(key)) or key in _NOT_READ}
         return {
             key: kept[key] if key in kept else materialise(value, f"{path}.{show(str(key))}", fetch=fetch)
             for key, value in args.items()

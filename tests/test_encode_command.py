@@ -62,7 +62,7 @@ def test_training_after_encoding_is_training_without(
     assert kinds["target"] == 3
     assert kinds["style"] == kinds["content"] == 5
     for loader in ("load_text", "load_siglip"):
-        monkeypatch.setattr(f"rewardgen.policies.uso.{loader}", lambda *_: pytest.fail("an encoder was loaded"))
+        monkeypatch.setattr(f"rewardgen.policies.encoders.{loader}", lambda *_: pytest.fail("an encoder was loaded"))
     found = steps(tmp_path / "kept", encodings)
     for one, other in zip(expected, found, strict=True):
         assert (one.loss, one.grad_norm, one.reward_means) == (other.loss, other.grad_norm, other.reward_means)

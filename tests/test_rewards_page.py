@@ -40,4 +40,6 @@ def test_the_arguments_shown_fit_their_rewards_and_name_their_sources() -> None:
         "id_sim",
         "id_conf",
         "face_count",
+        "vlm_judge",
+        "vlm_judge_local",
     }

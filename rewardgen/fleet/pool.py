@@ -25,8 +25,8 @@ class FleetConfig(SparseSettings):
     """Where rollouts are drawn. In an experiment the word alone, `fleet: ray`, stands for `fleet: {pool: ray}`."""
 
     sparse: ClassVar[frozenset[str]] = frozenset(
-        "workers min_workers address cpus_per_worker gpus_per_worker threads_per_worker deadline_seconds max_tries"
-        " start_timeout_seconds".split()
+        {"workers", "min_workers", "address", "cpus_per_worker", "gpus_per_worker", "threads_per_worker"}
+        | {"deadline_seconds", "max_tries", "start_timeout_seconds"}
     )
 
     pool: Literal["inline", "ray"] = "inline"
