@@ -19,7 +19,7 @@ _HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[\w.-]+(/[\w.-]+)*)"
 _HUB_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NOT_READ = {"encodings", "cache_dir", "served_model"}
 """Arguments that look like a source and are none: folders to be written, the name of a model on a server."""
-_FILE_ENDINGS = {".safetensors", ".json", ".jsonl", ".pt", ".pth", ".bin", ".ckpt", ".yaml", ".txt"}
+_FILE_ENDINGS = {".safetensors", ".json", ".jsonl", ".pt", ".pth", ".onnx", ".bin", ".ckpt", ".yaml", ".txt"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
