@@ -137,6 +137,23 @@ def test_plan_of_parts_that_are_not_here() -> None:
     assert found.peak > sum(found.resident.values()) + found.gradients
 
 
+def test_plan_of_a_policy_that_takes_no_styles() -> None:
+    overrides = [
+        *("policy.args.lora_rank=16", "policy.args.content_long_side=64", "policy.args.encodings=nowhere"),
+        *("rollout.image_size=[64, 64]", "train.accumulation=1"),
+        "objective.rewards.people={use: brightness, weight: 1.0}",
+    ]
+    experiment = load_experiment(EXPERIMENT.with_name("umo_matching.yaml"), "flux-dev", overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        few = {**shapes._DEV, "transformer": {**shapes.FLUX, "num_layers": 1, "num_single_layers": 1}}
+        few["text_encoder_2"] = {**shapes.T5_XXL, "num_layers": 1}
+        patch.setattr(shapes, "RELEASED", {"black-forest-labs/FLUX.1-dev": few})
+        found = plan(experiment)
+    assert "one content reference for each example" in found.assumed
+    assert found.resident["transformer, frozen"] == pytest.approx(2 * 588e6, rel=0.2)
+    assert found.gradients == 2 * found.resident["trained parameters"]
+
+
 def without_style(index: int, image_size: tuple[int, int]) -> Example:
     content, target = (torch.zeros(3, *image_size) for _ in range(2))
     return Example(id=str(index), prompt="a picture", content_refs=(content,), target=target)
