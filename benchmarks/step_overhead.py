@@ -75,8 +75,9 @@ class Pair:
 
 
 def make(overrides: Sequence[str] = (), *, folder: Path) -> Pair:
-    """The bundled experiment, without what only evaluation needs."""
-    small = [f"data.train.args.size={EXAMPLES}", "evaluation.grid_examples=0", *overrides]
+    """The bundled experiment with the style reward alone, without what only evaluation needs."""
+    alone = "objective.rewards.content.weight=0"
+    small = [alone, f"data.train.args.size={EXAMPLES}", "evaluation.grid_examples=0", *overrides]
     experiment = shared.load(0, small, examples=1)
     ours, theirs = build.assemble(experiment), build.assemble(experiment)
     trainer = Trainer(

@@ -97,7 +97,7 @@ def counted(experiment: Experiment, step: int, folder: Path) -> float:
         ["rollout.window={kind: alignprop, k_range: [4, 4]}"],
         ["rollout.window={kind: full}", "rollout.num_steps=3"],
         ["rollout.window={kind: draft, k: 2}", "objective.flow_matching.weight=0"],
-        ["objective.rewards.style.weight=0"],
+        ["objective.rewards.style.weight=0", "objective.rewards.content.weight=0"],
         ["rollout.window.entry_range=[5, 5]", "objective.rewards.style.start_step=4"],
         ["rollout.window={kind: draft, k: 2}", "objective.flow_matching.start_step=4"],
         ["rollout.window={kind: draft, k: 2}", "objective.rewards.other={use: brightness}"],
@@ -217,7 +217,7 @@ def test_the_bare_loop_computes_the_same_gradient_and_another_is_told_apart(tmp_
         report = pair.trainer.step(step)
         fm_loss, reward = pair.bare.step(inputs, step)
         assert report.entry_step == inputs.entry_step
-        assert report.terms["flow_matching"] == pytest.approx(fm_loss, rel=1e-3)
+        assert report.terms["flow_matching"] == pytest.approx(pair.bare.fm_weight * fm_loss, rel=1e-3)
         assert report.reward_means["style"] == pytest.approx(reward, rel=1e-3)
 
 

@@ -463,8 +463,8 @@ def test_a_word_stands_for_the_pool(tmp_path: Path, lines: str, overrides: list[
 
     path = tmp_path / "words.yaml"
     path.write_text(TOY + lines)
-    found = load_experiment(path, overrides=overrides).fleet.model_dump()
-    assert {key: found[key] for key in expected} == expected
+    found = load_experiment(path, overrides=overrides).fleet
+    assert {key: getattr(found, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(

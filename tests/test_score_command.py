@@ -217,7 +217,7 @@ def test_arguments_come_from_the_experiment(tmp_path: Path, capsys: pytest.Captu
     found = scored(capsys, path, "-s", path, "-e", str(tmp_path))
     assert {name: reward["valid"] for name, reward in found["rewards"].items()} == {
         "style": 1,
-        "content": 0,
+        "content": 0,  # no content reference was named
         "palette_texture": 0,
         "layout": 0,
     }

@@ -23,7 +23,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All of `disk_trials.py`, in a process that may fork and give its rights away."""
     # Readable for the user that a trial becomes, which pytest's own folders are not.
     scratch = tmp_path_factory.mktemp("disk")
-    for folder in (scratch, *scratch.parents[:2]):
+    for folder in (scratch, *scratch.parents[:3]):  # pytest's own, one more under xdist
         folder.chmod(folder.stat().st_mode | 0o111)
     command = [sys.executable, "-m", "tests.faults.disk_trials", str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)

@@ -23,7 +23,7 @@ import torch
 
 from rewardgen.cli import main
 from rewardgen.policies import reading
-from rewardgen.rewards import csd
+from rewardgen.rewards import loading
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOOD = """\
@@ -80,7 +80,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("rewardgen.policies.parts._read", refuse)
     # These two read the weights of the good experiment.
     assert any(_bound(reading, refusal) for *_, refusal in readers)
-    assert any(_bound(csd, refusal) for *_, refusal in readers)
+    assert any(_bound(loading, refusal) for *_, refusal in readers)
     yield
     # A module that was first imported meanwhile has bound a replacement, and would keep it.
     monkeypatch.undo()
