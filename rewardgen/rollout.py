@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rewardgen.flow.sampling import sample
+from rewardgen.flow.stochastic import sample_stochastic
 from rewardgen.flow.window import WindowConfig
 from rewardgen.policy import Mode, Policy, noise_like_request
 from rewardgen.settings import Settings
@@ -70,29 +71,36 @@ class RolloutWorker:
             self._load(weights)
             noise_BLC = noise_like_request(self.policy, request.seed_B, request.image_size)
             sigmas_T = self.policy.sigmas(request.num_steps, request.image_size)
-            condition = self.policy.encode(request.examples)
-            entry_BLC = sample(
-                velocity_fn(
-                    self.policy,
-                    condition,
-                    mode="sample",
-                    image_size=request.image_size,
-                    precision=self.precision,
-                ),
-                noise_BLC.to(device_of(self.policy)),
-                sigmas_T,
-                start=0,
-                stop=request.stop_step,
-                enable_grad=False,
+            noise_BLC = noise_BLC.to(device_of(self.policy))
+            velocity = velocity_fn(
+                self.policy,
+                self.policy.encode(request.examples),
+                mode="sample",
+                image_size=request.image_size,
+                precision=self.precision,
             )
+            steps_SBLC, log_prob_BS = None, None
+            if request.stochastic is None:
+                entry_BLC = sample(velocity, noise_BLC, sigmas_T, start=0, stop=request.stop_step, enable_grad=False)
+            else:
+                entry_BLC, steps_SBLC, log_prob_BS = sample_stochastic(
+                    velocity, noise_BLC, sigmas_T, stop=request.stop_step, stochastic=request.stochastic
+                )
             pixels_B3HW = self.policy.decode(entry_BLC, request.image_size).clamp(0, 1) if request.decode else None
         return Rollout(
             examples=request.examples,
             trajectory=Trajectory(
-                sigmas_T=sigmas_T, entry_step=request.stop_step, entry_BLC=entry_BLC, seed_B=request.seed_B
+                sigmas_T=sigmas_T,
+                entry_step=request.stop_step,
+                entry_BLC=entry_BLC,
+                seed_B=request.seed_B,
+                stochastic=request.stochastic,
+                steps_SBLC=steps_SBLC,
+                log_prob_BS=log_prob_BS,
             ),
             policy_version=weights.version,
             pixels_B3HW=pixels_B3HW,
+            group_B=request.group_B,
         )
 
     def _load(self, weights: Weights) -> None:
