@@ -31,6 +31,7 @@ from rewardgen.policy import Policy
 from rewardgen.report import Reporter
 from rewardgen.reward import Reward
 from rewardgen.rollout import RolloutWorker
+from rewardgen.scoring import ScoringWorker
 from rewardgen.settings import Plugin
 from rewardgen.sharding import ShardedPolicy, spread
 from rewardgen.trainer import Dataset, Trainer, choose_device
@@ -181,6 +182,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
         reporter=reporter,
         evaluate=evaluate_now,
         evaluate_every=experiment.evaluation.every,
+        scoring=InlinePool(ScoringWorker(parts.learner.objective.sampled)),
     )
     first = trainer.resume() if resume and has_checkpoints(trainer.checkpoints) else 0
     command = _resume_command(experiment, folder, processes.size)

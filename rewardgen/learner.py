@@ -2,6 +2,8 @@
 
     L = w_fm * mean(L_fm) - sum_r w_r * mean(r(decode(clean_hat)))        (USO section 3: L_pre + lambda * L_SRL)
 
+and, for rewards that score samples instead, plus w_pg times the loss of `policy_gradient.py` on these.
+
 With several processes each has micro-batches of its own, and every mean goes over the valid examples of all of them.
 
 Shape suffixes: B batch, L latent tokens, C channels per token, H and W pixels.
@@ -9,16 +11,19 @@ Shape suffixes: B batch, L latent tokens, C channels per token, H and W pixels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewardgen import gradients, sharding
+from rewardgen.base_policy import split_state
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
@@ -28,6 +33,8 @@ from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective, masked_sum
 from rewardgen.optimizer import Optimizer, OptimizerConfig
 from rewardgen.policy import Mode, Policy
+from rewardgen.policy_gradient import POLICY_GRADIENT
+from rewardgen.replay import Replay, Replayer, VelocityOf, replays_of
 from rewardgen.reward import score
 from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
 from rewardgen.seeds import derive_seed, seed_globals
@@ -48,12 +55,14 @@ class MicroBatch:
         seed_B: one seed per example, for its time and noise.
         image_size: (height, width) in pixels of targets and drawn pictures.
         rollout: a prefix drawn for the reward terms, None where no reward is active.
+        samples: scored rollouts to learn from without a reward's gradient; a group of samples lies in one micro-batch.
     """
 
     examples: Sequence[Example]
     seed_B: Sequence[int]
     image_size: tuple[int, int]
     rollout: Rollout | None = None
+    samples: Sequence[Rollout] = ()
 
 
 class Learner:
@@ -102,24 +111,55 @@ class Learner:
         self._differentiate = sharding.differentiate if self._sharded else gradients.differentiate
         self._complete = sharding.summing(self._parameters)
         self._optimizer = Optimizer(policy.trainable(), optimizer, ema_decay=ema_decay)
+        self._replayer: Replayer | None = None
+        if objective.config.policy_gradient is not None:
+            self._replayer = Replayer(
+                policy.trainable(),
+                objective.config.policy_gradient,
+                differentiate=self._differentiate,
+                processes=self.processes,
+                sharded=self._sharded,
+            )
         self._nonfinite_in_a_row = 0
         self._skipped_steps = 0
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int) -> StepReport:
-        """One optimizer step on all micro-batches of all processes together.
-
-        A step whose gradient is not finite, or in which no term has a valid example, changes nothing and is reported
-        as skipped.
+        """One training step: an update, or as many as are to be made on the same samples.
 
         Raises:
             NonFiniteError: too many non-finite gradients in a row.
             ScoringError: a reward failed too often, or broke its contract.
             ProcessError: another process failed or is gone.
         """
+        if self._replayer is None or not self.objective.active_samples(step):
+            return self._update(micro_batches, [()] * len(micro_batches), step=step)
+        clock = Clock(device_of(self.policy))
+        with clock.phase("base"):
+            replays = self._replays(self._replayer, micro_batches, step)
+        reports = [self._update(micro_batches, replays, step=step)]
+        for iteration in range(1, self._replayer.config.num_iterations):
+            again = [
+                # Fresh times and noise for flow matching; the samples' scores were counted before.
+                dataclasses.replace(
+                    batch, seed_B=[derive_seed("again", iteration, seed) for seed in batch.seed_B], samples=()
+                )
+                for batch in micro_batches
+            ]
+            reports.append(self._update(again, replays, step=step))
+        return _merged(reports, clock.seconds_by_phase)
+
+    def _update(
+        self, micro_batches: Sequence[MicroBatch], replays: Sequence[Sequence[Replay]], *, step: int
+    ) -> StepReport:
+        """One optimizer step on all micro-batches of all processes together.
+
+        A step whose gradient is not finite, or in which no term has a valid example, changes nothing and is reported
+        as skipped.
+        """
         clock = Clock(device_of(self.policy))
         sums = TermSums()
         merge = len(micro_batches) == 1 and not self.term_grad_norms
-        for batch in micro_batches:
+        for batch, lessons in zip(micro_batches, replays, strict=True):
             # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
             seed_globals(derive_seed("micro_batch", step, *batch.seed_B))
             if self.objective.weight(FLOW_MATCHING, step) > 0:
@@ -127,12 +167,16 @@ class Learner:
                     self._flow_matching(batch, sums)
             if batch.rollout is not None:
                 self._rewards(batch.rollout, batch.image_size, sums, step=step, merge=merge, clock=clock)
+            if self._replayer is not None and lessons:
+                self._count_scores(batch.samples, sums, step)
+                self._replayer.play(lessons, self._velocity_of(batch.image_size), sums, clock)
         with clock.phase("optimizer"):
             self._sum_over_processes(sums, step)
 
         # L = sum_k c_k S_k and grad L = sum_k c_k grad S_k, with 1 / (valid examples of the whole step) in c_k.
         coefficients = {name: self.objective.coefficient(name, step, count) for name, count in sums.counts.items()}
-        terms = {name: coefficients[name] * sums.values[name] for name, count in sums.counts.items() if count}
+        in_loss = {name: count for name, count in sums.counts.items() if name not in self.objective.sampled}
+        terms = {name: coefficients[name] * sums.values[name] for name, count in in_loss.items() if count}
         parts = {name: coefficients.get(name, 1.0) for name in sums.gradients}
         with clock.phase("optimizer"):
             gradient = weighted_sum(sums.gradients, parts) if sums.gradients else None
@@ -142,6 +186,8 @@ class Learner:
             applied = gradient is not None and finite
             if gradient is not None and finite:
                 self._optimizer.update(gradient, grad_norm, step=step)
+        lessons = [replay for group in replays for replay in group]
+        sampled = self._replayer.metrics(lessons) if self._replayer is not None and lessons else {}
         drawn_by = self.version
         self._count(applied, finite, culprits=_not_finite(terms, grad_norms), step=step)
         return StepReport(
@@ -149,7 +195,7 @@ class Learner:
             policy_version=drawn_by,
             loss=sum(terms.values()),
             terms=terms,
-            reward_means={n: sums.values[n] / c for n, c in sums.counts.items() if n != FLOW_MATCHING and c},
+            reward_means={n: sums.values[n] / c for n, c in sums.counts.items() if n in self.objective.rewards and c},
             valid_counts=dict(sums.counts),
             grad_norm=grad_norm,
             grad_norms=grad_norms,
@@ -158,13 +204,13 @@ class Learner:
             skipped=not applied,
             seconds_by_phase=clock.seconds_by_phase,
             peak_memory_bytes=clock.peak_memory_bytes(),
-            metrics=cosines(sums.gradients, parts, self._complete) if finite else {},
+            metrics=(cosines(sums.gradients, parts, self._complete) if finite else {}) | sampled,
         )
 
     def _sum_over_processes(self, sums: TermSums, step: int) -> None:
         """Make every sum one over the examples of all processes, and judge each reward by all its scores."""
         rewards = list(self.objective.config.rewards)
-        counted_by = {name: [name] for name in (FLOW_MATCHING, *rewards)} | {_MERGED: rewards}
+        counted_by = {name: [name] for name in (FLOW_MATCHING, POLICY_GRADIENT, *rewards)} | {_MERGED: rewards}
         valid = sums.sum_over(self.processes, self._parameters, counted_by, f"the sums of step {step}")
         for name, flags in valid.items():
             self.objective.observe(name, torch.tensor(flags))
@@ -246,6 +292,38 @@ class Learner:
                 gradient = self._differentiate(pixels_B3HW, self._parameters, grad_B3HW, keep_graph=left > 0)
                 sums.add_gradient(name, gradient)
 
+    def _replays(self, replayer: Replayer, micro_batches: Sequence[MicroBatch], step: int) -> list[Sequence[Replay]]:
+        """The samples of each micro-batch, compared and ready to be learned from."""
+        grid = self.policy.training_sigmas(micro_batches[0].image_size)
+        found = replays_of(
+            [rollout for batch in micro_batches for rollout in batch.samples],
+            replayer.config,
+            self.objective.active_samples(step),
+            self.processes,
+            grid,
+        )
+        replays = iter(found)
+        by_batch = [tuple(next(replays) for _ in batch.samples) for batch in micro_batches]
+        for batch, lessons in zip(micro_batches, by_batch, strict=True):
+            replayer.ask_base(lessons, self._velocity_of(batch.image_size))
+        return list(by_batch)
+
+    def _count_scores(self, samples: Sequence[Rollout], sums: TermSums, step: int) -> None:
+        """Add what the samples scored to the report's means and counts of valid scores."""
+        for name in self.objective.active_samples(step):
+            for rollout in samples:
+                sums.add_valid(name, rollout.scores[name].valid_B)
+                sums.add(name, *masked_sum(rollout.scores[name]))
+
+    def _velocity_of(self, image_size: tuple[int, int]) -> VelocityOf:
+        """How samples were drawn, to be done again: encode once, then a velocity for each graph."""
+
+        def encoded(examples: Sequence[Example]) -> Callable[[], VelocityFn]:
+            condition = self.policy.encode(examples)
+            return lambda: self._velocity(condition, "sample", image_size)
+
+        return encoded
+
     def _velocity(self, condition: Condition, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:
         return velocity_fn(self.policy, condition, mode=mode, image_size=image_size, precision=self.precision)
 
@@ -271,7 +349,12 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a resumed run needs, as (tensors, JSON). Warm-up is a function of the step and needs nothing."""
         counters = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "skipped_steps": self._skipped_steps}
-        return self._optimizer.state(), {"version": self.version, **counters, "objective": self.objective.state()}
+        kept = {} if self._replayer is None or self._replayer.base is None else self._replayer.base.state()
+        return self._optimizer.state() | kept, {
+            "version": self.version,
+            **counters,
+            "objective": self.objective.state(),
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Restore `state()`.
@@ -283,10 +366,27 @@ class Learner:
         if missing:
             raise CheckpointError(f"the checkpoint's state lacks {sorted(missing)}: it is not one of a training run")
         self.objective.load_state(state["objective"])
+        tensors, kept = split_state(tensors)
         self._optimizer.load_state(tensors)
+        if self._replayer is not None and self._replayer.base is not None:
+            self._replayer.base.load_state(kept)
         self.version = int(state["version"])
         self._nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
         self._skipped_steps = int(state["skipped_steps"])
+
+
+def _merged(reports: Sequence[StepReport], seconds: Mapping[str, float]) -> StepReport:
+    """One report of several updates on the same samples: what the first one scored, what the last one came to."""
+    first, last = reports[0], reports[-1]
+    phases = [seconds, *(report.seconds_by_phase for report in reports)]
+    return dataclasses.replace(
+        last,
+        policy_version=first.policy_version,
+        reward_means=first.reward_means,
+        valid_counts=first.valid_counts,
+        skipped=all(report.skipped for report in reports),
+        seconds_by_phase={name: sum(p.get(name, 0.0) for p in phases) for name in dict.fromkeys(chain(*phases))},
+    )
 
 
 def _target(example: Example, image_size: tuple[int, int]) -> Tensor:

@@ -28,6 +28,7 @@ from rewardgen.interrupt import stop_signal
 from rewardgen.learner import Learner, MicroBatch
 from rewardgen.measure import Clock
 from rewardgen.rollout import Precision, RolloutConfig, device_of
+from rewardgen.samples import draw_and_score, sample_requests
 from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.settings import Settings
 from rewardgen.types import Example, Rollout, RolloutRequest, StepReport
@@ -115,6 +116,7 @@ class Trainer:
     Args:
         learner: holds the policy and the objective.
         pool: replicas of `RolloutWorker`.
+        scoring: replicas of `ScoringWorker` with the objective's rewards that score samples; needed where it has any.
         dataset: training examples; at least one.
         rollout: how pictures are drawn.
         config: length, batches, safety.
@@ -138,12 +140,16 @@ class Trainer:
         reporter: StepReporter,
         evaluate: Callable[[int], Mapping[str, float]] | None = None,
         evaluate_every: int = 0,
+        scoring: Pool | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise ConfigError("data.train has no examples")
         self.learner = learner
         self.processes = learner.processes
+        if learner.objective.sampled and scoring is None:
+            raise ConfigError(f"nobody scores the samples for {sorted(learner.objective.sampled)}: pass scoring=")
         self.pool = pool
+        self.scoring = scoring
         self.dataset = dataset
         self.rollout = rollout
         self.config = config
@@ -187,14 +193,16 @@ class Trainer:
             batches = self._examples(step)
         with clock.phase("rollout"):
             rollouts = self._rollouts(step, batches)
+            samples = [self._samples(step, batch) for batch in batches]
         micro_batches = [
             MicroBatch(
                 examples=[self._drop(example, step, place) for place, example in batch],
                 seed_B=[derive_seed(self.seed, "flow_matching", step, example.id, place) for place, example in batch],
                 image_size=self.rollout.image_size,
                 rollout=rollout,
+                samples=drawn,
             )
-            for batch, rollout in zip(batches, rollouts, strict=True)
+            for batch, rollout, drawn in zip(batches, rollouts, samples, strict=True)
         ]
         report = self.learner.step(micro_batches, step=step)
         return dataclasses.replace(report, seconds_by_phase=clock.seconds_by_phase | dict(report.seconds_by_phase))
@@ -235,6 +243,15 @@ class Trainer:
             seed_globals(derive_seed("rollout", *request.seed_B))
             futures.append(self.pool.submit("rollout", request, weights))
         return [future.result().get() for future in futures]
+
+    def _samples(self, step: int, batch: list[tuple[int, Example]]) -> list[Rollout]:
+        """Draw and score the samples of a micro-batch, for rewards without a gradient that take part at the step."""
+        config = self.learner.objective.config.policy_gradient
+        if config is None or self.scoring is None or not self.learner.objective.active_samples(step):
+            return []
+        requests = sample_requests(batch, config, self.rollout, step=step, seed=self.seed)
+        weights = self.pool.put(self.learner.publish())
+        return draw_and_score(requests, weights, pool=self.pool, scoring=self.scoring)
 
     def _drop(self, example: Example, step: int, place: int) -> Example:
         """Dropout of conditions for the flow-matching term."""
