@@ -31,8 +31,8 @@ from rewardgen.samples import draw_and_score, sample_requests
 from rewardgen.scoring import ScoringWorker
 from rewardgen.seeds import derive_seed
 from rewardgen.trainer import TrainConfig, Trainer
-from rewardgen.types import Example, Rollout, Score, StepReport
-from tests.toys import IMAGE_SIZE, ToyDataset, ToyPolicy, ToyReward
+from rewardgen.types import Example, Rollout, StepReport
+from tests.toys import IMAGE_SIZE, ToyDataset, ToyJudge, ToyPolicy, ToyReward
 
 ROLLOUT = RolloutConfig.model_validate(
     {"image_size": [8, 8], "num_steps": 5, "window": {"kind": "refl", "entry_range": [2, 4]}}
@@ -43,28 +43,10 @@ NFT: dict[str, Any] = {"kind": "nft", "num_generations": 3}
 BOTH = pytest.mark.parametrize("settings", [GRPO, NFT], ids=["grpo", "nft"])
 
 
-class Judge(Reward):
-    """How close a picture's mean is to 0.9, in steps of 1/256: no gradient. Fails for the examples it is told.
-
-    The sign says whether close is good; 0 makes all pictures equal.
-    """
-
-    differentiable = False
-
-    def __init__(self, fail_ids: Sequence[str] = (), sign: int = 1) -> None:
-        super().__init__()
-        self.fail_ids, self.sign = frozenset(fail_ids), sign
-
-    def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
-        value_B = -(256 * (pixels_B3HW.detach().mean(dim=(1, 2, 3)) - 0.9).abs()).round() / 256
-        valid_B = torch.tensor([example.id not in self.fail_ids for example in examples])
-        return Score(value_B=torch.where(valid_B, self.sign * value_B, math.nan), valid_B=valid_B)
-
-
 def make(
     settings: dict[str, Any], rewards: dict[str, Reward] | None = None, *, fm_weight: float = 0.0, **options: Any
 ) -> Learner:
-    rewards = rewards or {"judge": Judge()}
+    rewards = rewards or {"judge": ToyJudge()}
     config = ObjectiveConfig.model_validate(
         {
             "flow_matching": {"weight": fm_weight},
@@ -281,8 +263,10 @@ def test_more_iterations_learn_from_the_same_samples(settings: dict[str, Any], a
 
 
 @BOTH
-@pytest.mark.parametrize("judge", [Judge(sign=0), Judge(fail_ids=[e.id for e in EXAMPLES])], ids=["equal", "failed"])
-def test_groups_that_say_nothing_change_nothing(settings: dict[str, Any], judge: Judge) -> None:
+@pytest.mark.parametrize(
+    "judge", [ToyJudge(sign=0), ToyJudge(fail_ids=[e.id for e in EXAMPLES])], ids=["equal", "failed"]
+)
+def test_groups_that_say_nothing_change_nothing(settings: dict[str, Any], judge: ToyJudge) -> None:
     learner = make(settings | {"beta": 0.5}, {"judge": judge})
     learner.policy.trainable()["bias"].data.add_(0.1)  # away from the base: the divergence alone must not act either
     before = {name: p.detach().clone() for name, p in learner.policy.trainable().items()}
@@ -297,7 +281,7 @@ def test_groups_that_say_nothing_change_nothing(settings: dict[str, Any], judge:
 def test_a_group_that_failed_is_as_if_it_had_not_been_drawn(
     settings: dict[str, Any], applied: list[list[Tensor]]
 ) -> None:
-    learner = make(settings, {"judge": Judge(fail_ids=["toy-002"])})
+    learner = make(settings, {"judge": ToyJudge(fail_ids=["toy-002"])})
     report = learner.step(micro_batches(learner, 1), step=0)
     assert report.valid_counts["judge"] == 9
     assert report.metrics["policy_gradient/taking_part"] == pytest.approx(9 / 12)
@@ -332,7 +316,7 @@ def mean_score(policy: ToyPolicy) -> float:
     for seed in range(8):
         noise = noise_like_request(policy, range(9000 + 4 * seed, 9004 + 4 * seed), IMAGE_SIZE)
         clean = sample(velocity, noise, policy.sigmas(5, IMAGE_SIZE), start=0, stop=5, enable_grad=False)
-        scores.append(Judge().score(policy.decode(clean, IMAGE_SIZE).clamp(0, 1), EXAMPLES).value_B)
+        scores.append(ToyJudge().score(policy.decode(clean, IMAGE_SIZE).clamp(0, 1), EXAMPLES).value_B)
     return float(torch.cat(scores).mean())
 
 
@@ -347,7 +331,9 @@ def mean_score(policy: ToyPolicy) -> float:
     ids=["grpo", "mixgrpo", "nft", "nft-twice"],
 )
 def test_a_toy_policy_goes_where_a_reward_without_gradient_wants_it(settings: dict[str, Any], sign: int) -> None:
-    learner = make(settings | {"num_generations": 6}, {"judge": Judge(sign=sign)}, optimizer=OptimizerConfig(lr=2e-2))
+    learner = make(
+        settings | {"num_generations": 6}, {"judge": ToyJudge(sign=sign)}, optimizer=OptimizerConfig(lr=2e-2)
+    )
     assert isinstance(learner.policy, ToyPolicy)
     before = mean_score(learner.policy)
     for step in range(15):
@@ -359,7 +345,7 @@ def test_a_toy_policy_goes_where_a_reward_without_gradient_wants_it(settings: di
 def test_one_step_mixes_rewards_with_and_without_gradient(applied: list[list[Tensor]]) -> None:
     """Each part of the gradient is what it is alone."""
     places = list(enumerate(EXAMPLES))
-    rewards: dict[str, Reward] = {"style": ToyReward(), "judge": Judge()}
+    rewards: dict[str, Reward] = {"style": ToyReward(), "judge": ToyJudge()}
     learner, alone, rest = make(GRPO, rewards, fm_weight=1.0), make(GRPO), make(GRPO, rewards, fm_weight=1.0)
     request = sample_requests(places, NftConfig(kind="nft"), ROLLOUT, step=0, seed=1)[0]
     prefix = dataclasses.replace(request, stop_step=2, decode=False)
@@ -371,7 +357,7 @@ def test_one_step_mixes_rewards_with_and_without_gradient(applied: list[list[Ten
     assert report.loss == pytest.approx(sum(report.terms.values()))
     assert "cosine/flow_matching/policy_gradient" in report.metrics
     alone.step(micro_batches(alone), step=0)
-    silent = drawn(make(GRPO, {"judge": Judge(sign=0)}), places)
+    silent = drawn(make(GRPO, {"judge": ToyJudge(sign=0)}), places)
     rest.step([dataclasses.replace(batch, rollout=rollout, samples=silent)], step=0)
     for whole, sampled, others in zip(*applied, strict=True):
         torch.testing.assert_close(whole, sampled + others, atol=1e-6, rtol=1e-4)
@@ -383,7 +369,7 @@ class Reports(list[StepReport]):
 
 
 def trainer_in(folder: Path, settings: dict[str, Any], *, batch_size: int = 2, num_steps: int = 3) -> Trainer:
-    rewards: dict[str, Reward] = {"style": ToyReward(), "judge": Judge(fail_ids=["toy-002"])}
+    rewards: dict[str, Reward] = {"style": ToyReward(), "judge": ToyJudge(fail_ids=["toy-002"])}
     learner = make(settings, rewards, fm_weight=0.5, ema_decay=0.9)
     config = {"num_steps": num_steps, "batch_size": batch_size, "accumulation": 4 // batch_size, "checkpoint_every": 0}
     return Trainer(
@@ -452,7 +438,7 @@ def test_requests_say_all_about_the_samples() -> None:
 
 
 def test_the_scoring_worker_masks_what_failed_and_wants_pictures() -> None:
-    learner = make(GRPO, {"judge": Judge(fail_ids=["toy-001"])})
+    learner = make(GRPO, {"judge": ToyJudge(fail_ids=["toy-001"])})
     rollout = drawn(learner, list(enumerate(EXAMPLES)))[0]
     assert rollout.pixels_B3HW is None
     assert rollout.scores["judge"].valid_B.tolist() == [True, False, True, True]
@@ -495,7 +481,7 @@ def test_who_learns_from_what() -> None:
     def objective(judge: dict[str, Any], more: dict[str, Any]) -> Objective:
         rewards = {"style": {"use": "toy"}, "judge": {"use": "toy"} | judge}
         config = ObjectiveConfig.model_validate({"rewards": rewards} | more)
-        return Objective(config, {"style": ToyReward(), "judge": Judge()})
+        return Objective(config, {"style": ToyReward(), "judge": ToyJudge()})
 
     mixed = objective({}, {"policy_gradient": GRPO})
     assert list(mixed.sampled) == ["judge"]
@@ -504,9 +490,9 @@ def test_who_learns_from_what() -> None:
     late = objective({"start_step": 3, "weight": 2.0}, {"policy_gradient": GRPO})
     assert (late.active_samples(2), late.active_samples(3)) == ({}, {"judge": 2.0})
     assert [late.weight("policy_gradient", step) for step in (2, 3)] == [0.0, 1.0]
-    with pytest.raises(ConfigError, match=r"objective\.rewards\.judge: Judge has no gradient"):
+    with pytest.raises(ConfigError, match=r"objective\.rewards\.judge: ToyJudge has no gradient"):
         objective({}, {})
-    with pytest.raises(ConfigError, match=r"objective\.rewards\.judge: Judge has no gradient"):
+    with pytest.raises(ConfigError, match=r"objective\.rewards\.judge: ToyJudge has no gradient"):
         objective({"learn_from": "gradient"}, {"policy_gradient": GRPO})
     with pytest.raises(ConfigError, match=r"judge\.learn_from: samples .* objective\.policy_gradient"):
         objective({"learn_from": "samples"}, {})
