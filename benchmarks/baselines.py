@@ -105,8 +105,11 @@ def step_evaluations(experiment: Experiment, step: int) -> float:
     pictures, backward = train.batch_size * train.accumulation, 2 + train.gradient_checkpointing
     terms: dict[str, FlowMatchingConfig | TermConfig] = {FLOW_MATCHING: objective.flow_matching, **objective.rewards}
     active = {name for name, term in terms.items() if term.weight > 0 and step >= term.start_step}
-    sampled = {n for n, t in objective.rewards.items() if learns_from_samples(t, plugins.resolve("rewards", t.use))}
+    sampled: set[str] = set()
     drawn, updates = 0.0, 1
+    if objective.policy_gradient is not None:
+        reward_of = {name: plugins.resolve("rewards", term.use) for name, term in objective.rewards.items()}
+        sampled = {name for name, term in objective.rewards.items() if learns_from_samples(term, reward_of[name])}
     if active & sampled and objective.policy_gradient is not None:
         drawn, updates = _sample_evaluations(objective.policy_gradient, experiment.rollout.num_steps, backward)
     cost = 0.0

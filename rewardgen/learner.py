@@ -131,7 +131,7 @@ class Learner:
             ScoringError: a reward failed too often, or broke its contract.
             ProcessError: another process failed or is gone.
         """
-        if self._replayer is None or not self.objective.active_samples(step):
+        if self._replayer is None or not any(batch.samples for batch in micro_batches):
             return self._update(micro_batches, [()] * len(micro_batches), step=step)
         clock = Clock(device_of(self.policy))
         with clock.phase("base"):

@@ -193,7 +193,7 @@ class Trainer:
             batches = self._examples(step)
         with clock.phase("rollout"):
             rollouts = self._rollouts(step, batches)
-            samples = [self._samples(step, batch) for batch in batches]
+            samples = self._samples(step, batches)
         micro_batches = [
             MicroBatch(
                 examples=[self._drop(example, step, place) for place, example in batch],
@@ -244,14 +244,17 @@ class Trainer:
             futures.append(self.pool.submit("rollout", request, weights))
         return [future.result().get() for future in futures]
 
-    def _samples(self, step: int, batch: list[tuple[int, Example]]) -> list[Rollout]:
-        """Draw and score the samples of a micro-batch, for rewards without a gradient that take part at the step."""
+    def _samples(self, step: int, batches: list[list[tuple[int, Example]]]) -> list[list[Rollout]]:
+        """Draw and score the samples of each micro-batch, for rewards that are learned from through them."""
         config = self.learner.objective.config.policy_gradient
         if config is None or self.scoring is None or not self.learner.objective.active_samples(step):
-            return []
-        requests = sample_requests(batch, config, self.rollout, step=step, seed=self.seed)
+            return [[] for _ in batches]
         weights = self.pool.put(self.learner.publish())
-        return draw_and_score(requests, weights, pool=self.pool, scoring=self.scoring)
+        drawn = []
+        for batch in batches:
+            requests = sample_requests(batch, config, self.rollout, step=step, seed=self.seed)
+            drawn.append(draw_and_score(requests, weights, pool=self.pool, scoring=self.scoring))
+        return drawn
 
     def _drop(self, example: Example, step: int, place: int) -> Example:
         """Dropout of conditions for the flow-matching term."""

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rewardgen.base_policy import BasePolicy
+from rewardgen.config import load_experiment
 from rewardgen.errors import CheckpointError, ConfigError, ScoringError
 from rewardgen.fleet.inline import InlinePool
 from rewardgen.flow.loss import draw_times_and_noise
@@ -38,6 +39,7 @@ ROLLOUT = RolloutConfig.model_validate(
     {"image_size": [8, 8], "num_steps": 5, "window": {"kind": "refl", "entry_range": [2, 4]}}
 )
 EXAMPLES = ToyDataset(4).examples
+EXPERIMENT = Path(__file__).resolve().parent.parent / "experiments" / "uso_grpo.yaml"
 GRPO: dict[str, Any] = {"kind": "grpo", "num_generations": 3, "window": {"size": 2, "range": [0, 2]}}
 NFT: dict[str, Any] = {"kind": "nft", "num_generations": 3}
 BOTH = pytest.mark.parametrize("settings", [GRPO, NFT], ids=["grpo", "nft"])
@@ -524,3 +526,28 @@ def test_a_trainer_without_judges_is_refused(tmp_path: Path) -> None:
             folder=tmp_path,
             reporter=Reports(),
         )
+
+
+def test_an_experiment_says_what_cannot_be_before_anything_is_read() -> None:
+    tiny, full = (load_experiment(EXPERIMENT, flavor).objective.policy_gradient for flavor in ("tiny", "flux-dev"))
+    assert isinstance(tiny, GrpoConfig)
+    assert isinstance(full, GrpoConfig)
+    assert full.window is not None
+    assert full.window.move_every == 25
+    nft = load_experiment(EXPERIMENT, None, ["objective.policy_gradient={kind: nft}"]).objective.policy_gradient
+    assert nft == NftConfig(kind="nft"), "settings of another kind do not carry over"
+    for override, message in (
+        ("objective.rewards.style.learn_from=gradient", "objective.policy_gradient.*: no reward is learned from"),
+        (
+            "rollout={num_steps: 5, window: {entry_range: [1, 2]}}",
+            "policy_gradient.window.*: step 4 of 5 cannot be noisy",
+        ),
+        (
+            "objective.policy_gradient=null",
+            r"style\.learn_from: samples are learned from by objective\.policy_gradient",
+        ),
+        ("objective.policy_gradient.epsilom=0.1", r"policy_gradient\.epsilom.*unknown key.*epsilon"),
+        ("objective.policy_gradient.kind=ppo", "policy_gradient"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_experiment(EXPERIMENT, None, [override])
