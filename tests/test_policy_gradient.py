@@ -24,7 +24,8 @@ from rewardgen.flow.stochastic import kernel
 from rewardgen.learner import Learner, MicroBatch, OptimizerConfig
 from rewardgen.objective import Objective, ObjectiveConfig
 from rewardgen.optimizer import Optimizer
-from rewardgen.policy import noise_like_request
+from rewardgen.policies.uso import UsoPolicy
+from rewardgen.policy import Policy, noise_like_request
 from rewardgen.policy_gradient import GrpoConfig, NftConfig, clipped_loss, nft_loss
 from rewardgen.reward import Reward
 from rewardgen.rollout import RolloutConfig, RolloutWorker
@@ -33,6 +34,7 @@ from rewardgen.scoring import ScoringWorker
 from rewardgen.seeds import derive_seed
 from rewardgen.trainer import TrainConfig, Trainer
 from rewardgen.types import Example, Rollout, StepReport
+from tests.test_uso_policy import make_parts, make_projector
 from tests.toys import IMAGE_SIZE, ToyDataset, ToyJudge, ToyPolicy, ToyReward
 
 ROLLOUT = RolloutConfig.model_validate(
@@ -46,7 +48,12 @@ BOTH = pytest.mark.parametrize("settings", [GRPO, NFT], ids=["grpo", "nft"])
 
 
 def make(
-    settings: dict[str, Any], rewards: dict[str, Reward] | None = None, *, fm_weight: float = 0.0, **options: Any
+    settings: dict[str, Any],
+    rewards: dict[str, Reward] | None = None,
+    *,
+    fm_weight: float = 0.0,
+    policy: Policy | None = None,
+    **options: Any,
 ) -> Learner:
     rewards = rewards or {"judge": ToyJudge()}
     config = ObjectiveConfig.model_validate(
@@ -58,7 +65,7 @@ def make(
         }
     )
     arguments: dict[str, Any] = {"optimizer": OptimizerConfig(lr=1e-2), "window": ROLLOUT.window} | options
-    return Learner(ToyPolicy(), Objective(config, rewards), **arguments)
+    return Learner(policy or ToyPolicy(), Objective(config, rewards), **arguments)
 
 
 def drawn(learner: Learner, batch: Sequence[tuple[int, Example]], step: int = 0) -> list[Rollout]:
@@ -248,6 +255,23 @@ def test_before_the_first_update_every_ratio_is_exactly_one(precision: str, size
     later = learner.step(micro_batches(learner, size, step=1), step=1)
     assert later.metrics["policy_gradient/ratio_distance"] == 0.0
     assert later.metrics["policy_gradient/kl"] > 0.0, "but the base is left behind"
+
+
+def test_the_ratio_of_the_real_policy_is_exactly_one_too() -> None:
+    """As it is trained: LoRA and projector in float32 on a base in bfloat16, activations recomputed."""
+    policy = UsoPolicy(
+        make_parts(), make_projector(), train=("lora", "projector"), lora_rank=2, content_long_side=8, max_text_tokens=4
+    )
+    generator = torch.Generator().manual_seed(5)
+    for parameter in policy.trainable().values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    policy.cast_frozen(torch.bfloat16)
+    policy.enable_checkpointing()
+    learner = make(GRPO, policy=policy, precision="bf16")
+    report = learner.step(micro_batches(learner, 2, EXAMPLES[:2]), step=0)
+    assert not report.skipped
+    assert report.grad_norms["policy_gradient"] > 0
+    assert report.metrics["policy_gradient/ratio_distance"] == 0.0
 
 
 @BOTH
