@@ -134,7 +134,7 @@ class Learner:
         if self._replayer is None or not any(batch.samples for batch in micro_batches):
             return self._update(micro_batches, [()] * len(micro_batches), step=step)
         clock = Clock(device_of(self.policy))
-        with clock.phase("base"):
+        with clock.phase("advantages"):
             replays = self._replays(self._replayer, micro_batches, step)
         reports = [self._update(micro_batches, replays, step=step)]
         for iteration in range(1, self._replayer.config.num_iterations):
@@ -386,6 +386,7 @@ def _merged(reports: Sequence[StepReport], seconds: Mapping[str, float]) -> Step
         valid_counts=first.valid_counts,
         skipped=all(report.skipped for report in reports),
         seconds_by_phase={name: sum(p.get(name, 0.0) for p in phases) for name in dict.fromkeys(chain(*phases))},
+        peak_memory_bytes=max(report.peak_memory_bytes for report in reports),
     )
 
 

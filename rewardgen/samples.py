@@ -7,7 +7,9 @@ any other term, and a group of samples stays with the process that has the examp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 from rewardgen.fleet.pool import Handle, Pool
 from rewardgen.flow.stochastic import noisy_steps
@@ -61,10 +63,12 @@ def sample_requests(
     return requests
 
 
-def draw_and_score(
+def submit_samples(
     requests: Sequence[RolloutRequest], weights: Handle[Weights], *, pool: Pool, scoring: Pool
-) -> list[Rollout]:
-    """Scored samples in the order of the requests. Pictures go from worker to judge by handle, never through here.
+) -> list[Future[Handle[Rollout]]]:
+    """Ask for scored samples, in the order of the requests; nothing is waited for.
+
+    Each rollout goes on to a judge as soon as it is there, by its handle: its pictures never pass through here.
 
     Args:
         pool: replicas of `RolloutWorker`.
@@ -74,12 +78,30 @@ def draw_and_score(
     for request in requests:
         # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
         seed_globals(derive_seed("samples", *request.seed_B))
-        futures.append(pool.submit("rollout", request, weights))
-    scored = []
-    for request, future in zip(requests, futures, strict=True):
-        seed_globals(derive_seed("score", *request.seed_B))
-        scored.append(scoring.submit("score", future.result()))
-    return [future.result().get() for future in scored]
+        futures.append(_then(pool.submit("rollout", request, weights), partial(scoring.submit, "score")))
+    return futures
+
+
+def _then(
+    first: Future[Handle[Rollout]], submit: Callable[[Handle[Rollout]], Future[Handle[Rollout]]]
+) -> Future[Handle[Rollout]]:
+    """What comes of a second call that takes the result of the first; an exception of either ends it."""
+    whole: Future[Handle[Rollout]] = Future()
+
+    def go_on(done: Future[Handle[Rollout]]) -> None:
+        try:
+            submit(done.result()).add_done_callback(finish)
+        except BaseException as error:
+            whole.set_exception(error)
+
+    def finish(done: Future[Handle[Rollout]]) -> None:
+        try:
+            whole.set_result(done.result())
+        except BaseException as error:
+            whole.set_exception(error)
+
+    first.add_done_callback(go_on)
+    return whole
 
 
 def _seeds(seed: int, step: int, generation: int, batch: Sequence[tuple[int, Example]]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rewardgen.errors import ScoringError
 from rewardgen.reward import Reward, score
+from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.types import Rollout, Score
 
 
@@ -33,6 +34,8 @@ class ScoringWorker:
         """
         if rollout.pixels_B3HW is None:
             raise ScoringError("there is nothing to score: the rollout was asked for without pictures (decode)")
+        # What a reward draws from the global generators belongs to its pictures, wherever they are scored.
+        seed_globals(derive_seed("score", *rollout.trajectory.seed_B))
         scores: dict[str, Score] = {}
         for name, reward in self.rewards.items():
             scores[name] = score(reward, rollout.pixels_B3HW, rollout.examples, enable_grad=False)

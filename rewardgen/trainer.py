@@ -28,7 +28,7 @@ from rewardgen.interrupt import stop_signal
 from rewardgen.learner import Learner, MicroBatch
 from rewardgen.measure import Clock
 from rewardgen.rollout import Precision, RolloutConfig, device_of
-from rewardgen.samples import draw_and_score, sample_requests
+from rewardgen.samples import sample_requests, submit_samples
 from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.settings import Settings
 from rewardgen.types import Example, Rollout, RolloutRequest, StepReport
@@ -253,8 +253,8 @@ class Trainer:
         drawn = []
         for batch in batches:
             requests = sample_requests(batch, config, self.rollout, step=step, seed=self.seed)
-            drawn.append(draw_and_score(requests, weights, pool=self.pool, scoring=self.scoring))
-        return drawn
+            drawn.append(submit_samples(requests, weights, pool=self.pool, scoring=self.scoring))
+        return [[future.result().get() for future in futures] for futures in drawn]
 
     def _drop(self, example: Example, step: int, place: int) -> Example:
         """Dropout of conditions for the flow-matching term."""

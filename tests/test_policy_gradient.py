@@ -29,7 +29,7 @@ from rewardgen.policy import Policy, noise_like_request
 from rewardgen.policy_gradient import GrpoConfig, NftConfig, clipped_loss, nft_loss
 from rewardgen.reward import Reward
 from rewardgen.rollout import RolloutConfig, RolloutWorker
-from rewardgen.samples import draw_and_score, sample_requests
+from rewardgen.samples import sample_requests, submit_samples
 from rewardgen.scoring import ScoringWorker
 from rewardgen.seeds import derive_seed
 from rewardgen.trainer import TrainConfig, Trainer
@@ -74,7 +74,8 @@ def drawn(learner: Learner, batch: Sequence[tuple[int, Example]], step: int = 0)
     pool = InlinePool(RolloutWorker(learner.policy, precision=learner.precision))
     scoring = InlinePool(ScoringWorker(learner.objective.sampled))
     requests = sample_requests(batch, config, ROLLOUT, step=step, seed=0)
-    return draw_and_score(requests, pool.put(learner.publish()), pool=pool, scoring=scoring)
+    futures = submit_samples(requests, pool.put(learner.publish()), pool=pool, scoring=scoring)
+    return [future.result().get() for future in futures]
 
 
 def micro_batches(
@@ -461,6 +462,21 @@ def test_requests_say_all_about_the_samples() -> None:
     # The same samples, however the batch is cut.
     apart = sample_requests(batch[1:], config, ROLLOUT, step=3, seed=1)
     assert [request.seed_B[1:] for request in requests] == [request.seed_B for request in apart]
+
+
+def test_an_exception_on_the_way_is_the_samples_own() -> None:
+    learner = make(GRPO)
+    requests = sample_requests(list(enumerate(EXAMPLES)), GrpoConfig.model_validate(GRPO), ROLLOUT, step=0, seed=0)
+    pool, scoring = InlinePool(RolloutWorker(learner.policy)), InlinePool(ScoringWorker(learner.objective.sampled))
+    weights = pool.put(learner.publish())
+    broken = [
+        dataclasses.replace(requests[0], decode=False),
+        dataclasses.replace(requests[1], stop_step=3),
+        requests[2],
+    ]
+    futures = submit_samples(broken, weights, pool=pool, scoring=scoring)
+    errors = [type(future.exception()) for future in futures]
+    assert errors == [ScoringError, ValueError, type(None)], "of the judge, of the rollout, none"
 
 
 def test_the_scoring_worker_masks_what_failed_and_wants_pictures() -> None:
