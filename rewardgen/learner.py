@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from rewardgen.objective import FLOW_MATCHING, Objective, masked_sum
 from rewardgen.optimizer import Optimizer, OptimizerConfig
 from rewardgen.policy import Mode, Policy
 from rewardgen.policy_gradient import POLICY_GRADIENT
-from rewardgen.replay import Replay, Replayer, VelocityOf, replays_of
+from rewardgen.replay import Replay, Replayer, VelocityOf, merged
 from rewardgen.reward import score
 from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
 from rewardgen.seeds import derive_seed, seed_globals
@@ -135,7 +134,13 @@ class Learner:
             return self._update(micro_batches, [()] * len(micro_batches), step=step)
         clock = Clock(device_of(self.policy))
         with clock.phase("advantages"):
-            replays = self._replays(self._replayer, micro_batches, step)
+            image_size = micro_batches[0].image_size
+            replays = self._replayer.prepare(
+                [batch.samples for batch in micro_batches],
+                self.objective.active_samples(step),
+                self._velocity_of(image_size),
+                grid=self.policy.training_sigmas(image_size),
+            )
         reports = [self._update(micro_batches, replays, step=step)]
         for iteration in range(1, self._replayer.config.num_iterations):
             again = [
@@ -146,7 +151,7 @@ class Learner:
                 for batch in micro_batches
             ]
             reports.append(self._update(again, replays, step=step))
-        return _merged(reports, clock.seconds_by_phase)
+        return merged(reports, clock.seconds_by_phase)
 
     def _update(
         self, micro_batches: Sequence[MicroBatch], replays: Sequence[Sequence[Replay]], *, step: int
@@ -292,22 +297,6 @@ class Learner:
                 gradient = self._differentiate(pixels_B3HW, self._parameters, grad_B3HW, keep_graph=left > 0)
                 sums.add_gradient(name, gradient)
 
-    def _replays(self, replayer: Replayer, micro_batches: Sequence[MicroBatch], step: int) -> list[Sequence[Replay]]:
-        """The samples of each micro-batch, compared and ready to be learned from."""
-        grid = self.policy.training_sigmas(micro_batches[0].image_size)
-        found = replays_of(
-            [rollout for batch in micro_batches for rollout in batch.samples],
-            replayer.config,
-            self.objective.active_samples(step),
-            self.processes,
-            grid,
-        )
-        replays = iter(found)
-        by_batch = [tuple(next(replays) for _ in batch.samples) for batch in micro_batches]
-        for batch, lessons in zip(micro_batches, by_batch, strict=True):
-            replayer.ask_base(lessons, self._velocity_of(batch.image_size))
-        return list(by_batch)
-
     def _count_scores(self, samples: Sequence[Rollout], sums: TermSums, step: int) -> None:
         """Add what the samples scored to the report's means and counts of valid scores."""
         for name in self.objective.active_samples(step):
@@ -373,21 +362,6 @@ class Learner:
         self.version = int(state["version"])
         self._nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
         self._skipped_steps = int(state["skipped_steps"])
-
-
-def _merged(reports: Sequence[StepReport], seconds: Mapping[str, float]) -> StepReport:
-    """One report of several updates on the same samples: what the first one scored, what the last one came to."""
-    first, last = reports[0], reports[-1]
-    phases = [seconds, *(report.seconds_by_phase for report in reports)]
-    return dataclasses.replace(
-        last,
-        policy_version=first.policy_version,
-        reward_means=first.reward_means,
-        valid_counts=first.valid_counts,
-        skipped=all(report.skipped for report in reports),
-        seconds_by_phase={name: sum(p.get(name, 0.0) for p in phases) for name in dict.fromkeys(chain(*phases))},
-        peak_memory_bytes=max(report.peak_memory_bytes for report in reports),
-    )
 
 
 def _target(example: Example, image_size: tuple[int, int]) -> Tensor:

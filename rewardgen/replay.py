@@ -10,10 +10,11 @@ Shape suffixes: B batch, L latent tokens, C channels per token, N samples of thi
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from rewardgen.gradients import Gradient, TermSums
 from rewardgen.measure import Clock
 from rewardgen.policy_gradient import POLICY_GRADIENT, GrpoConfig, NftConfig, clipped_loss, nft_loss
 from rewardgen.seeds import derive_seed
-from rewardgen.types import Example, Rollout, Score, VelocityFn
+from rewardgen.types import Example, Rollout, Score, StepReport, VelocityFn
 
 VelocityOf = Callable[[Sequence[Example]], Callable[[], VelocityFn]]
 """Encodes examples; each call of what it returns makes a velocity under the present gradient mode."""
@@ -225,14 +226,27 @@ class Replayer:
         self._processes = processes
         self._sharded = sharded
 
-    def ask_base(self, replays: Sequence[Replay], velocity_of: VelocityOf) -> None:
-        """Keep the base policy's velocities with the replays: they stay the same over a step's updates."""
-        if self.base is None:
-            return
-        with torch.no_grad(), self.base.swapped_in():
-            for replay in self._played(replays):
-                velocity = velocity_of(replay.rollout.examples)()
-                replay.base = [velocity(*replay.place(index)) for index in range(len(replay))]
+    def prepare(
+        self,
+        samples: Sequence[Sequence[Rollout]],
+        weights: Mapping[str, float],
+        velocity_of: VelocityOf,
+        *,
+        grid: Tensor,
+    ) -> list[tuple[Replay, ...]]:
+        """Compare a step's samples, micro-batch by micro-batch, and ask the base policy where it has a say.
+
+        Its velocities stay the same over a step's updates. See `replays_of` for the arguments.
+        """
+        everything = [rollout for batch in samples for rollout in batch]
+        replays = replays_of(everything, self.config, weights, self._processes, grid)
+        if self.base is not None:
+            with torch.no_grad(), self.base.swapped_in():
+                for replay in self._played(replays):
+                    velocity = velocity_of(replay.rollout.examples)()
+                    replay.base = [velocity(*replay.place(index)) for index in range(len(replay))]
+        rest = iter(replays)
+        return [tuple(islice(rest, len(batch))) for batch in samples]
 
     def play(self, replays: Sequence[Replay], velocity_of: VelocityOf, sums: TermSums, clock: Clock) -> None:
         """Add loss, number of samples taking part, and gradient of some replays to a step's sums."""
@@ -268,3 +282,23 @@ class Replayer:
 
     def _played(self, replays: Sequence[Replay]) -> Iterator[Replay]:
         return (replay for replay in replays if self._sharded or bool(replay.taking_part_B.any()))
+
+
+def merged(reports: Sequence[StepReport], seconds: Mapping[str, float]) -> StepReport:
+    """One report of several updates on the same samples: what the first one scored, what the last one came to.
+
+    Args:
+        reports: of the updates, in order.
+        seconds: by phase, spent before the first one.
+    """
+    first, last = reports[0], reports[-1]
+    phases = [seconds, *(report.seconds_by_phase for report in reports)]
+    return dataclasses.replace(
+        last,
+        policy_version=first.policy_version,
+        reward_means=first.reward_means,
+        valid_counts=first.valid_counts,
+        skipped=all(report.skipped for report in reports),
+        seconds_by_phase={name: sum(p.get(name, 0.0) for p in phases) for name in dict.fromkeys(chain(*phases))},
+        peak_memory_bytes=max(report.peak_memory_bytes for report in reports),
+    )
