@@ -19,7 +19,8 @@ from torch import Tensor
 from rewardgen.config import Experiment
 from rewardgen.policies.packing import image_ids
 from rewardgen.policies.uso import UsoPolicy
-from rewardgen.rewards.csd import CLIP_MEAN, CLIP_STD, CsdReward
+from rewardgen.rewards.csd import CsdReward
+from rewardgen.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from rewardgen.types import Example
 
 

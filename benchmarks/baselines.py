@@ -46,18 +46,20 @@ from rewardgen.policy_gradient import GrpoConfig, NftConfig
 
 CELLS = shared.RESULTS / "baselines"
 TABLE = shared.RESULTS / "baselines.md"
-NO_REWARD = "objective.rewards.style.weight=0"
+STYLE_ALONE = "objective.rewards.content.weight=0"
 DRAWS = 4
 """N of best of N: its best picture is on average about one standard deviation better than a single one."""
 DRAWN_SHARE = 0.5
 """The part of the budget that best of N spends on drawing; the other goes into training on what was kept."""
-SRL, BEST, FREE = "SRL", f"supervised, best of {DRAWS} by CSD", "SRL without flow matching"
+SRL, BEST = "SRL", f"supervised, best of {DRAWS} by CSD"
+ALONE, FREE = "SRL, style reward alone", "style reward alone, no flow matching"
 ARMS: Mapping[str, tuple[str, ...]] = {
-    "supervised, more steps": (NO_REWARD,),
-    BEST: (NO_REWARD,),
+    "supervised, more steps": srl_table.NO_REWARD,
+    BEST: srl_table.NO_REWARD,
     SRL: (),
+    ALONE: (STYLE_ALONE,),
     "draft, last 2 steps": ("rollout.window={kind: draft, k: 2}",),  # with one it would be refl at the last step
-    FREE: ("objective.flow_matching.weight=0",),
+    FREE: (STYLE_ALONE, "objective.flow_matching.weight=0"),
 }
 SECONDS_PER_EVALUATION = 0.01
 """On two cores, for the ledger only: 130 steps of SRL take four minutes."""

@@ -22,11 +22,12 @@ from cells import METRICS, SEEDS, key_of
 
 from rewardgen.config import Experiment
 
-__all__ = ["ARMS", "SEEDS", "TABLE", "cells", "experiment_of", "is_current", "key_of", "path_of", "render", "run_cell"]
+__all__ = ["ARMS", "NO_REWARD", "SEEDS", "TABLE", "cells", "experiment_of", "is_current", "key_of", "path_of", "render", "run_cell"]
 
 CELLS = shared.RESULTS / "srl_tiny"
 TABLE = shared.RESULTS / "srl_tiny.md"
-ARMS = {"SRL": (), "supervised only": ("objective.rewards.style.weight=0",)}
+NO_REWARD = ("objective.rewards.style.weight=0", "objective.rewards.content.weight=0")
+ARMS = {"SRL": (), "supervised only": NO_REWARD}
 
 
 def experiment_of(arm: str, seed: int, overrides: Sequence[str] = ()) -> Experiment:

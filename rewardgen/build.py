@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from rewardgen.config import Experiment, plugins_in
 from rewardgen.distributed import Processes, launched
 from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
-from rewardgen.evaluation.evaluate import Evaluation, evaluate
+from rewardgen.evaluation.evaluate import Evaluation
 from rewardgen.evaluation.grid import save_grid
+from rewardgen.evaluation.monitor import DriftError, without_statistics
 from rewardgen.evaluation.score import target_scores
 from rewardgen.fleet.inline import InlinePool
+from rewardgen.held_out import evaluate_held_out, open_monitor, warn
 from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
 from rewardgen.manifest import redact, write_manifest
@@ -48,6 +49,7 @@ _MAY_CHANGE = (
     "train.batch_size",  # the trainer sees to it that a step has as many examples as before
     "train.accumulation",
     "evaluation",
+    "monitor",
     "report",
 )
 """What a resumed run may do differently without being another run."""
@@ -155,20 +157,28 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
     reporter = Reporter(folder, experiment.report, num_steps=experiment.train.num_steps, experiment=resolved)
     if processes.is_first:
         _open_folder(folder, experiment, resume=resume)
+    monitor = open_monitor(experiment, folder) if processes.is_first else None
     parts = assemble(experiment, processes)
     if processes.is_first:
         write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
     console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
     evaluates = processes.is_first or isinstance(parts.policy, ShardedPolicy)
-    base = _evaluate(experiment, parts, averaged=False) if evaluates else None
+    start = _evaluate(experiment, parts, averaged=False, monitored=True) if evaluates else None
+    base = start and without_statistics(start)
     made: dict[int, Evaluation | None] = {}  # the latest alone: it holds pictures
 
     def evaluate_now(step: int) -> dict[str, float]:
         made.clear()
-        made[step] = evaluation = _evaluate(experiment, parts) if evaluates else None
-        if processes.is_first and evaluation is not None:
+        whole = _evaluate(experiment, parts, monitored=True) if evaluates else None
+        made[step] = evaluation = whole and without_statistics(whole)
+        found: list[str] = []
+        if processes.is_first and whole is not None and evaluation is not None:
             reporter.evaluation(step, evaluation.means())
-        means: dict[str, float] = processes.exchange("an evaluation", evaluation and dict(evaluation.means()))[0]
+            found = warn(monitor, step, whole, parts.held_out, console)
+        said = processes.exchange("an evaluation", [evaluation and dict(evaluation.means()), found])[0]
+        if said[1] and experiment.monitor.stop_on_drift and step < experiment.train.num_steps:
+            raise DriftError(f"stopped, because monitor.stop_on_drift is set: {'; '.join(said[1])}")
+        means: dict[str, float] = said[0]
         return means
 
     trainer = Trainer(
@@ -191,6 +201,8 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
             if processes.is_first and base is not None:
                 reporter.start(first)
                 reporter.evaluation(0, base.means())
+                if monitor is not None and start is not None:
+                    monitor.begin(start, first)
             outcome = trainer.run()
             if not outcome.interrupted and outcome.completed_steps not in made:
                 evaluate_now(outcome.completed_steps)
@@ -282,22 +294,9 @@ def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Eva
     console.print(f"weights: {', '.join(str(path) for path in weights.values())}")
 
 
-def _evaluate(experiment: Experiment, parts: Parts, *, averaged: bool = True) -> Evaluation:
-    """Held-out scores of the policy as it is; with `averaged`, of its averaged weights where the run keeps them."""
-    settings = experiment.evaluation
-    weights: AbstractContextManager[None] = parts.learner.averaged() if averaged else nullcontext()
-    with weights:
-        return evaluate(
-            parts.policy,
-            parts.held_out,
-            parts.metrics,
-            image_size=experiment.rollout.image_size,
-            num_steps=settings.num_steps or experiment.rollout.num_steps,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            keep_pixels=settings.grid_examples,
-            precision=experiment.train.precision,
-        )
+def _evaluate(experiment: Experiment, parts: Parts, *, averaged: bool = True, monitored: bool = False) -> Evaluation:
+    held_out = (parts.held_out, parts.metrics)
+    return evaluate_held_out(experiment, parts.learner, *held_out, averaged=averaged, monitored=monitored)
 
 
 def _compare(parts: Parts, base: Evaluation, trained: Evaluation) -> Comparison:

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from rewardgen.commands import cluster
 from rewardgen.commands.options import (
     AsJson,
     CheckpointFolder,
@@ -68,6 +69,7 @@ world_app = typer.Typer(help=WORLD_HELP, no_args_is_help=True)
 app.add_typer(world_app, name="world")
 reward_app = typer.Typer(help=REWARD_HELP, no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
+app.add_typer(cluster.jobs_app, name="jobs")
 
 
 @app.command()
@@ -217,6 +219,7 @@ def score(
       rewardgen score samples/uso_srl/seed* -s a.png -e experiments/uso_srl.yaml
       rewardgen score out -r csd -s look.png csd.checkpoint=csd.safetensors
       rewardgen score "out/**/*.png" -r ./my_reward.py:Warmth -r brightness
+      rewardgen score out -r dino --content cat.png dino.model=./dino-vits16
     """
     from rewardgen.commands import score as command
 
@@ -353,6 +356,9 @@ def reward_check(
 
     for line in check_spec(use, args or (), data):
         typer.echo(f"ok: {line}")
+
+
+app.command()(cluster.submit)
 
 
 def main(arguments: list[str] | None = None) -> None:

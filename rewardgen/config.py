@@ -11,20 +11,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
 from rewardgen import plugins, strict_yaml
 from rewardgen.errors import ConfigError, UserError, nearest
 from rewardgen.evaluation.evaluate import EvaluationConfig
+from rewardgen.evaluation.monitor import MonitorConfig
 from rewardgen.fleet.pool import FleetConfig
 from rewardgen.learner import OptimizerConfig
 from rewardgen.manifest import blot, blot_entries, is_secret
-from rewardgen.objective import ObjectiveConfig, check_learnable, learns_from_samples
+from rewardgen.objective import ObjectiveConfig, check_learnable, composition_faults, learns_from_samples
 from rewardgen.report import ReportConfig
 from rewardgen.rollout import RolloutConfig
-from rewardgen.settings import Plugin, Settings
+from rewardgen.settings import Plugin, Settings, SparseSettings
 from rewardgen.trainer import TrainConfig
 
 Fault = tuple[str, str]
@@ -46,8 +47,10 @@ class DataConfig(Settings):
     """What it is judged on; no example of it may occur in `train`."""
 
 
-class Experiment(Settings):
+class Experiment(SparseSettings):
     """Everything a run depends on. One file, one of its flavors, and the overrides."""
+
+    sparse: ClassVar[frozenset[str]] = frozenset({"monitor"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the run's folder."""
@@ -63,6 +66,7 @@ class Experiment(Settings):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     fleet: FleetConfig = Field(default_factory=FleetConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+    monitor: MonitorConfig = MonitorConfig()
 
 
 def flavors_of(path: Path) -> list[str]:
@@ -293,14 +297,15 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
     if decay_steps is not None and decay_steps < num_steps:
         reason = f"the learning rate is 0 from step {decay_steps} on: train.num_steps is {num_steps}"
         yield "optimizer.decay_steps", reason
-    sampled = 0
+    sampled = []
     for name, term in objective.rewards.items():
         try:
             reward = plugins.resolve("rewards", term.use)
             check_learnable(objective, name, reward)
-            sampled += learns_from_samples(term, reward)
+            sampled += [name] if learns_from_samples(term, reward) else []
         except ConfigError as error:
             yield "", str(error)
+    yield from ((f"objective.{path}", message) for path, message in composition_faults(objective, sampled))
     if objective.policy_gradient is not None:
         if not sampled:
             yield "objective.policy_gradient", "no reward is learned from samples; set learn_from: samples in one"

@@ -22,6 +22,10 @@ class NonFiniteError(UserError):
     """Losses or gradients stayed non-finite for too many steps in a row."""
 
 
+class ClusterError(UserError):
+    """A Ray cluster that cannot be reached, refuses, or cannot do what is asked of it."""
+
+
 class ScoringError(UserError):
     """A reward failed more often than the experiment allows."""
 

@@ -11,15 +11,17 @@ Shape suffix: P trained parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from rewardgen.adaptive import ScoreSums
 from rewardgen.distributed import Processes
 from rewardgen.sharding import is_shard, part
+from rewardgen.types import Score
 
 Gradient: TypeAlias = list[Tensor]
 """One tensor for each trained parameter, in their order; of a sharded one, this process's part."""
@@ -46,15 +48,26 @@ class TermSums:
         self.counts: dict[str, int] = {}
         self.gradients: dict[str, Gradient] = {}
         self.valid: dict[str, list[bool]] = {}
+        self.scores: dict[str, ScoreSums] = {}
 
     def add(self, name: str, value: Tensor, count: int) -> None:
         """Add a sum over `count` valid examples to a term."""
         self.values[name] = self.values.get(name, 0.0) + float(value.detach())
         self.counts[name] = self.counts.get(name, 0) + count
 
-    def add_valid(self, name: str, valid_B: Tensor) -> None:
-        """Note which scores of a reward were valid, in the order of the examples."""
-        self.valid.setdefault(name, []).extend(valid_B.tolist())
+    def add_score(self, name: str, score: Score) -> None:
+        """Note a reward's own values, and which were valid, in the order of the examples."""
+        self.valid.setdefault(name, []).extend(score.valid_B.tolist())
+        chosen = score.value_B.detach()[score.valid_B]
+        squares = float(chosen.double().square().sum())
+        sums = ScoreSums(count=chosen.numel(), total=float(chosen.sum()), squares=squares)
+        self.scores[name] = self.scores.get(name, ScoreSums()) + sums
+
+    def valid_counts(self) -> dict[str, int]:
+        """Examples with a target, under the name of that term, and valid scores of each reward."""
+        return {name: count for name, count in self.counts.items() if name not in self.scores} | {
+            name: of.count for name, of in self.scores.items()
+        }
 
     def add_gradient(self, name: str, gradient: Gradient) -> None:
         """Add a gradient to a term's sum. The tensors are kept, not copied."""
@@ -84,6 +97,7 @@ class TermSums:
             Which scores of each reward were valid, in the order of the examples of all processes.
         """
         mine = {"values": self.values, "counts": self.counts, "valid": self.valid, "gradients": list(self.gradients)}
+        mine |= {"scores": {n: [of.count, of.total, of.squares] for n, of in self.scores.items()}}
         said = processes.exchange(topic, mine)
         terms = [name for name in counted_by if any(name in other["counts"] for other in said)]
         self.values = {name: sum(other["values"].get(name, 0.0) for other in said) for name in terms}
@@ -97,7 +111,13 @@ class TermSums:
                 processes.sum_([grad for parameter, grad in pairs if not is_shard(parameter)])
                 self.gradients[name] = gradient
         scored = [name for name in counted_by if any(name in other["valid"] for other in said)]
+        self.scores = {name: _added(other["scores"].get(name, (0, 0.0, 0.0)) for other in said) for name in scored}
         return {name: [flag for other in said for flag in other["valid"].get(name, [])] for name in scored}
+
+
+def _added(parts: Iterable[tuple[int, float, float]]) -> ScoreSums:
+    sums = (ScoreSums(count=count, total=total, squares=squares) for count, total, squares in parts)
+    return sum(sums, ScoreSums())
 
 
 def weighted_sum(gradients: Mapping[str, Gradient], coefficients: Mapping[str, float]) -> Gradient:

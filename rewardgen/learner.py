@@ -2,7 +2,8 @@
 
     L = w_fm * mean(L_fm) - sum_r w_r * mean(r(decode(clean_hat)))        (USO section 3: L_pre + lambda * L_SRL)
 
-and, for rewards that score samples instead, plus w_pg times the loss of `policy_gradient.py` on these.
+where a term may also depend on the scores of several rewards, t(r_1 .. r_k) in r's place (`composition`); and, for
+rewards that score samples instead, plus w_pg times the loss of `policy_gradient.py` on these.
 
 With several processes each has micro-batches of its own, and every mean goes over the valid examples of all of them.
 
@@ -16,12 +17,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rewardgen import gradients, sharding
+from rewardgen.adaptive import ScoreSums
 from rewardgen.base_policy import split_state
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
@@ -29,17 +31,19 @@ from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
 from rewardgen.flow.window import WindowConfig, run_window
 from rewardgen.gradients import TermSums, cosines, global_norm, norms, weighted_sum
 from rewardgen.measure import Clock
-from rewardgen.objective import FLOW_MATCHING, Objective, masked_sum
+from rewardgen.objective import FLOW_MATCHING, Objective
 from rewardgen.optimizer import Optimizer, OptimizerConfig
 from rewardgen.policy import Mode, Policy
 from rewardgen.policy_gradient import POLICY_GRADIENT
 from rewardgen.replay import Replay, Replayer, VelocityOf, merged
-from rewardgen.reward import score
+from rewardgen.reward_leg import reward_leg
 from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
 from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.types import Condition, Example, Rollout, StepReport, VelocityFn
 
 __all__ = ["Learner", "MicroBatch", "OptimizerConfig"]
+
+_Updated: TypeAlias = tuple[StepReport, Mapping[str, ScoreSums]]
 
 _MERGED = "(all rewards)"
 """Key of the gradient of all rewards together, already divided; no term is called so."""
@@ -130,19 +134,29 @@ class Learner:
             ScoringError: a reward failed too often, or broke its contract.
             ProcessError: another process failed or is gone.
         """
-        if self._replayer is None or not any(batch.samples for batch in micro_batches):
-            return self._update(micro_batches, [()] * len(micro_batches), step=step)
+        if self._replayer is not None and any(batch.samples for batch in micro_batches):
+            report, scores = self._updates(self._replayer, micro_batches, step=step)
+        else:
+            report, scores = self._update(micro_batches, [()] * len(micro_batches), step=step)
+        metrics = self.objective.metrics(scores, step)
+        # Once in a step, after all its updates: weights and composition are frozen within it.
+        self.objective.update(scores, step)
+        return dataclasses.replace(report, metrics=metrics | dict(report.metrics))
+
+    def _updates(self, replayer: Replayer, micro_batches: Sequence[MicroBatch], *, step: int) -> _Updated:
+        """As many updates as are to be made on the same samples, as one report; the scores are the first one's."""
         clock = Clock(device_of(self.policy))
         with clock.phase("advantages"):
             image_size = micro_batches[0].image_size
-            replays = self._replayer.prepare(
+            replays = replayer.prepare(
                 [batch.samples for batch in micro_batches],
-                self.objective.active_samples(step),
+                lambda scores, group_N: self.objective.sample_values(scores, group_N, step),
                 self._velocity_of(image_size),
                 grid=self.policy.training_sigmas(image_size),
             )
-        reports = [self._update(micro_batches, replays, step=step)]
-        for iteration in range(1, self._replayer.config.num_iterations):
+        report, scores = self._update(micro_batches, replays, step=step)
+        reports = [report]
+        for iteration in range(1, replayer.config.num_iterations):
             again = [
                 # Fresh times and noise for flow matching; the samples' scores were counted before.
                 dataclasses.replace(
@@ -150,13 +164,13 @@ class Learner:
                 )
                 for batch in micro_batches
             ]
-            reports.append(self._update(again, replays, step=step))
-        return merged(reports, clock.seconds_by_phase)
+            reports.append(self._update(again, replays, step=step)[0])
+        return merged(reports, clock.seconds_by_phase), scores
 
     def _update(
         self, micro_batches: Sequence[MicroBatch], replays: Sequence[Sequence[Replay]], *, step: int
-    ) -> StepReport:
-        """One optimizer step on all micro-batches of all processes together.
+    ) -> _Updated:
+        """One optimizer step on all micro-batches of all processes together: its report, and what the rewards scored.
 
         A step whose gradient is not finite, or in which no term has a valid example, changes nothing and is reported
         as skipped.
@@ -180,8 +194,7 @@ class Learner:
 
         # L = sum_k c_k S_k and grad L = sum_k c_k grad S_k, with 1 / (valid examples of the whole step) in c_k.
         coefficients = {name: self.objective.coefficient(name, step, count) for name, count in sums.counts.items()}
-        in_loss = {name: count for name, count in sums.counts.items() if name not in self.objective.sampled}
-        terms = {name: coefficients[name] * sums.values[name] for name, count in in_loss.items() if count}
+        terms = {name: coefficients[name] * sums.values[name] for name, count in sums.counts.items() if count}
         parts = {name: coefficients.get(name, 1.0) for name in sums.gradients}
         with clock.phase("optimizer"):
             gradient = weighted_sum(sums.gradients, parts) if sums.gradients else None
@@ -195,13 +208,13 @@ class Learner:
         sampled = self._replayer.metrics(lessons) if self._replayer is not None and lessons else {}
         drawn_by = self.version
         self._count(applied, finite, culprits=_not_finite(terms, grad_norms), step=step)
-        return StepReport(
+        report = StepReport(
             step=step,
             policy_version=drawn_by,
             loss=sum(terms.values()),
             terms=terms,
-            reward_means={n: sums.values[n] / c for n, c in sums.counts.items() if n in self.objective.rewards and c},
-            valid_counts=dict(sums.counts),
+            reward_means={name: of.total / of.count for name, of in sums.scores.items() if of.count},
+            valid_counts=sums.valid_counts(),
             grad_norm=grad_norm,
             grad_norms=grad_norms,
             lr=self._optimizer.lr(step),
@@ -211,6 +224,7 @@ class Learner:
             peak_memory_bytes=clock.peak_memory_bytes(),
             metrics=(cosines(sums.gradients, parts, self._complete) if finite else {}) | sampled,
         )
+        return report, sums.scores
 
     def _sum_over_processes(self, sums: TermSums, step: int) -> None:
         """Make every sum one over the examples of all processes, and judge each reward by all its scores."""
@@ -257,11 +271,9 @@ class Learner:
     def _rewards(
         self, rollout: Rollout, image_size: tuple[int, int], sums: TermSums, *, step: int, merge: bool, clock: Clock
     ) -> None:
-        """Add `sum_B r(decode(clean_hat))` for each active reward r, over its valid examples.
+        """Add `sum_B t(r_1 .. r_k)`, r = r(decode(clean_hat)), for each term t of the objective, over what it counts.
 
-        Backpropagation goes in two legs that meet at the pixels: each reward's own, whose graph is freed before the
-        next reward is asked, and the policy's. At the pixels the rows of invalid examples are cleared, so that a NaN
-        made by a failed score ends there.
+        Backpropagation goes in two legs that meet at the pixels: the rewards' (`reward_leg`), then the policy's.
         """
         examples = rollout.examples
         with torch.enable_grad(), clock.phase("window"):
@@ -270,21 +282,11 @@ class Learner:
             clean_BLC = run_window(velocity, rollout.trajectory, self.window, enable_grad=True)
         with torch.enable_grad(), clock.phase("decode"):
             pixels_B3HW = self.policy.decode(clean_BLC, image_size)
-        pixel_grads: dict[str, Tensor] = {}
         with clock.phase("score"):
-            for name in self.objective.active_rewards(step):
-                seen_B3HW = pixels_B3HW.detach().to(torch.promote_types(pixels_B3HW.dtype, torch.float32))
-                seen_B3HW.requires_grad_()
-                result = score(self.objective.rewards[name], seen_B3HW, examples, enable_grad=True)
-                sums.add_valid(name, result.valid_B)
-                total, count = masked_sum(result)
-                sums.add(name, total, count)
-                if count:
-                    (grad_B3HW,) = torch.autograd.grad(total, seen_B3HW)
-                    valid_B = result.valid_B.to(grad_B3HW.device)
-                    pixel_grads[name] = grad_B3HW.where(valid_B[:, None, None, None], 0.0).to(pixels_B3HW.dtype)
-                elif self._sharded:
-                    pixel_grads[name] = torch.zeros_like(pixels_B3HW)
+            pixel_grads = reward_leg(self.objective, pixels_B3HW, examples, sums, step=step)
+            if self._sharded:
+                weighted = [name for name in self.objective.rules(step) if self.objective.weight(name, step)]
+                pixel_grads = {name: pixel_grads.get(name, torch.zeros_like(pixels_B3HW)) for name in weighted}
         if merge and len(self.objective.active_rewards(step)) > 1:
             said = self.processes.exchange("the scores", sums.counts)
             counts = {name: sum(other.get(name, 0) for other in said) for name in pixel_grads}
@@ -301,8 +303,7 @@ class Learner:
         """Add what the samples scored to the report's means and counts of valid scores."""
         for name in self.objective.active_samples(step):
             for rollout in samples:
-                sums.add_valid(name, rollout.scores[name].valid_B)
-                sums.add(name, *masked_sum(rollout.scores[name]))
+                sums.add_score(name, rollout.scores[name])
 
     def _velocity_of(self, image_size: tuple[int, int]) -> VelocityOf:
         """How samples were drawn, to be done again: encode once, then a velocity for each graph."""

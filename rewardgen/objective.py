@@ -1,10 +1,10 @@
 """The objective: which terms a loss has, how scores become a loss, and when too many scores have failed.
 
-    L = w_fm * mean(flow matching) - sum_r w_r * mean(reward r) + w_pg * mean(policy gradient)
+    L = w_fm * mean(flow matching) - sum_r w_r * mean(t_r) + w_pg * mean(policy gradient)
 
-The rewards r are those learned from through their gradient. The others are scores of samples, which the policy
-gradient makes a loss of (`policy_gradient.py`).
-
+t_r is the score of reward r itself unless the configuration normalises it, gates it, bounds it or joins it to others
+in a soft minimum (`composition`). The sum is over the rewards learned from through their gradient. The others score
+samples: sum_r w_r t_r of a sample, composed alike, is what the policy gradient makes a loss of (`policy_gradient`).
 Each mean divides by the number of *valid* examples of the whole optimizer step, never of a micro-batch: a term is
 carried as a sum and a count until all micro-batches are in. Shape suffix: B batch.
 """
@@ -12,115 +12,41 @@ carried as a sum and a count until all micro-batches are in. Shape suffix: B bat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
+from rewardgen.adaptive import Constraint, Learned, RunningMoments, ScoreSums
+from rewardgen.composition import Rule, Term, compose, composed_value
 from rewardgen.errors import CheckpointError, ConfigError, ScoringError
-from rewardgen.policy_gradient import POLICY_GRADIENT, PolicyGradientConfig
+from rewardgen.objective_config import (
+    FLOW_MATCHING,
+    FlowMatchingConfig,
+    ObjectiveConfig,
+    TermConfig,
+    check_differentiable,
+    check_learnable,
+    composition_faults,
+    learns_from_samples,
+)
+from rewardgen.policy_gradient import POLICY_GRADIENT
 from rewardgen.reward import Reward
-from rewardgen.settings import Plugin, Settings
 from rewardgen.types import Score
 
-FLOW_MATCHING = "flow_matching"
-
-
-class TermConfig(Plugin):
-    """One reward of the objective."""
-
-    weight: float = Field(default=1.0, ge=0)
-    """The loss has `-weight * mean(reward)`. 0 leaves the reward out of training."""
-    start_step: int = Field(default=0, ge=0)
-    """First training step with this term. No rollout is drawn before the first term starts."""
-    max_failed_share: float | None = Field(default=None, ge=0, le=1)
-    """As the objective's, for this reward alone: 1 never stops, for rewards that seldom apply."""
-    learn_from: Literal["gradient", "samples"] | None = None
-    """`gradient`: backpropagation through the reward; `samples`: scores of finished pictures, by
-    `objective.policy_gradient`. Null: the gradient where the reward has one."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_nulls(dump(self), "learn_from")
-
-
-class FlowMatchingConfig(Settings):
-    """The flow-matching term on the targets of the data (USO's and UMO's L_pre)."""
-
-    weight: float = Field(default=1.0, ge=0)
-    """0 trains on rewards alone."""
-    start_step: int = Field(default=0, ge=0)
-    """First training step with this term."""
-
-
-class ObjectiveConfig(Settings):
-    """The loss: flow matching plus rewards."""
-
-    flow_matching: FlowMatchingConfig = FlowMatchingConfig()
-    """The supervised part."""
-    rewards: dict[str, TermConfig] = Field(default_factory=dict)
-    """Rewards by a name of one's choice, which names them in every report."""
-    max_failed_share: float = Field(default=0.5, ge=0, le=1)
-    """The run stops when more than this share of a reward's latest scores failed or did not apply."""
-    failure_window: int = Field(default=64, ge=1)
-    """How many of the latest scores the share is taken over; nothing is judged before there are as many."""
-    policy_gradient: PolicyGradientConfig | None = None
-    """How the policy learns from the scores of samples, for rewards without a gradient; null: not at all."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_nulls(dump(self), "policy_gradient")
-
-    @model_validator(mode="after")
-    def _has_a_term(self) -> Self:
-        for name in (FLOW_MATCHING, POLICY_GRADIENT):
-            if name in self.rewards:
-                raise ValueError(f"a reward cannot be called '{name}'")
-        if not self.flow_matching.weight and not any(term.weight for term in self.rewards.values()):
-            raise ValueError("all weights are 0: nothing would be trained")
-        return self
-
-
-def _without_nulls(dumped: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Settings that say nothing are not written: what an experiment was before there were any, it stays."""
-    return {name: value for name, value in dumped.items() if value is not None or name not in names}
-
-
-def learns_from_samples(term: TermConfig, reward: type[Reward]) -> bool:
-    """Whether a reward is learned from through scores of samples, not through its gradient."""
-    return term.learn_from == "samples" or (term.learn_from is None and not reward.differentiable)
-
-
-def check_learnable(config: ObjectiveConfig, name: str, reward: type[Reward]) -> None:
-    """Refuse a reward that the policy could not learn from. Reads a class attribute, loads nothing.
-
-    Raises:
-        ConfigError: naming the reward's key.
-    """
-    term = config.rewards[name]
-    if not learns_from_samples(term, reward) or (config.policy_gradient is None and term.learn_from is None):
-        check_differentiable(name, reward)
-    elif config.policy_gradient is None:
-        raise ConfigError(
-            f"objective.rewards.{name}.learn_from: samples are learned from by objective.policy_gradient, which is"
-            " not there; add it, as in 'policy_gradient: {kind: grpo}'"
-        )
-
-
-def check_differentiable(name: str, reward: type[Reward]) -> None:
-    """Refuse a reward without gradient where a gradient window needs one. Reads a class attribute, loads nothing.
-
-    Raises:
-        ConfigError: naming the reward's key.
-    """
-    if not reward.differentiable:
-        raise ConfigError(
-            f"objective.rewards.{name}: {reward.__name__} has no gradient, but the gradient window needs one;"
-            " use a differentiable reward, learn from samples (objective.policy_gradient), or move it to"
-            " evaluation.witnesses"
-        )
+__all__ = [
+    "FLOW_MATCHING",
+    "FlowMatchingConfig",
+    "Objective",
+    "ObjectiveConfig",
+    "TermConfig",
+    "check_differentiable",
+    "check_learnable",
+    "composition_faults",
+    "learns_from_samples",
+    "masked_sum",
+]
 
 
 def masked_sum(score: Score) -> tuple[Tensor, int]:
@@ -147,13 +73,23 @@ class Objective:
     def __init__(self, config: ObjectiveConfig, rewards: Mapping[str, Reward]) -> None:
         if set(rewards) != set(config.rewards):
             raise ConfigError(f"objective.rewards names {sorted(config.rewards)}, but {sorted(rewards)} were built")
+        self.sampled = {n: r for n, r in rewards.items() if learns_from_samples(config.rewards[n], type(r))}
+        for path, fault in composition_faults(config, self.sampled):
+            raise ConfigError(f"objective.{path}: {fault}")
         for name, reward in rewards.items():
             check_learnable(config, name, type(reward))
             reward.requires_grad_(False).eval()
         self.config = config
         self.rewards = dict(rewards)
-        self.sampled = {n: r for n, r in rewards.items() if learns_from_samples(config.rewards[n], type(r))}
         self._failed = {name: deque[bool](maxlen=config.failure_window) for name in rewards}
+        self._learned = Learned(
+            {
+                name: Constraint(term.bound, ceiling=term.floor is None, config=term.multiplier, start=term.start_step)
+                for name, term in config.rewards.items()
+                if term.bound is not None
+            },
+            {name: RunningMoments() for name, term in config.rewards.items() if term.normalize == "standard"},
+        )
 
     def to(self, device: torch.device) -> Self:
         """Move the reward modules."""
@@ -162,36 +98,99 @@ class Objective:
         return self
 
     def weight(self, name: str, step: int) -> float:
-        """The weight of a term at a step: 0 before it starts. The policy gradient starts with its first reward."""
+        """What a term counts with at a step: its weight or, for a bounded reward, its multiplier.
+
+        0 before it starts, and while it is only measured: every reward until the values of the base are known that
+        bounds refer to, a normalised one until it has a standard deviation. The policy gradient starts with the first
+        reward that scores samples.
+        """
         if name == POLICY_GRADIENT:
             config = self.config.policy_gradient
             return config.weight if config is not None and self.active_samples(step) else 0.0
-        term = self.config.flow_matching if name == FLOW_MATCHING else self.config.rewards[name]
-        return term.weight if step >= term.start_step else 0.0
+        if name == FLOW_MATCHING:
+            return self.config.flow_matching.weight_at(step)
+        term = self.config.rewards[name]
+        constraint, moments = self._learned.constraints.get(name), self._learned.moments.get(name)
+        if self._learned.measuring or (moments is not None and moments.mean_std() is None):
+            return 0.0
+        return term.weight_at(step) if constraint is None else constraint.weight_at(step)
 
     def active_rewards(self, step: int) -> tuple[str, ...]:
-        """Names of the rewards whose gradient takes part at a step, in the order of the configuration."""
-        return tuple(n for n in self.config.rewards if n not in self.sampled and self.weight(n, step) > 0)
+        """Names of the rewards scored in the gradient window at a step, in the order of the configuration.
 
-    def active_samples(self, step: int) -> dict[str, float]:
-        """Weights of the rewards that score samples at a step, in the order of the configuration."""
-        return {name: weight for name in self.sampled if (weight := self.weight(name, step)) > 0}
+        Those with a weight, bounds from their start on (whatever the multiplier), and those in the gates of the others.
+        A function of the configuration and the step alone.
+        """
+        return tuple(name for name in self._active(step) if name not in self.sampled)
+
+    def active_samples(self, step: int) -> tuple[str, ...]:
+        """Names of the rewards that score samples at a step; otherwise as `active_rewards`."""
+        return tuple(name for name in self._active(step) if name in self.sampled)
+
+    def _active(self, step: int) -> list[str]:
+        terms = self.config.rewards
+        chosen = {n for n, t in terms.items() if (step >= t.start_step if t.bound is not None else t.weight_at(step))}
+        gating = {gate.reward for name in chosen if (gate := terms[name].gate) is not None}
+        return [name for name in terms if name in chosen | gating]
 
     def needs_rollout(self, step: int) -> bool:
         """Whether a gradient window must be entered at a step, for rewards that have started."""
         return bool(self.active_rewards(step))
 
+    def terms(self, scores: Mapping[str, Score], step: int) -> dict[str, Term]:
+        """Compose the scores of all active rewards into terms of the loss, sample by sample (`composition.compose`)."""
+        return compose(scores, self.rules(step), self.config.temperature)
+
+    def sample_values(self, scores: Mapping[str, Score], group_B: Sequence[int], step: int) -> Score:
+        """What the rewards that score samples make of each together, weights inside (`composition.composed_value`).
+
+        Args:
+            scores: of each reward in `active_samples`, [B].
+            group_B: the group of each sample.
+            step: of training.
+        """
+        active = self.active_samples(step)
+        rules = self._rules(active, step)
+        weights = {name: 1.0 if rule.joined else rule.weight for name, rule in rules.items()}
+        return composed_value(
+            compose({name: scores[name] for name in active}, rules, self.config.temperature), weights, group_B
+        )
+
+    def rules(self, step: int) -> dict[str, Rule]:
+        """How the terms of the gradient window are made of scores; rewards that only gate have none."""
+        return self._rules(self.active_rewards(step), step)
+
+    def _rules(self, names: Iterable[str], step: int) -> dict[str, Rule]:
+        rules = {}
+        for name in names:
+            term, weight, shift, scale = self.config.rewards[name], self.weight(name, step), 0.0, 1.0
+            constraint, moments = self._learned.constraints.get(name), self._learned.moments.get(name)
+            if constraint is not None:
+                shift, scale = constraint.level or 0.0, constraint.sign
+            elif moments is not None:
+                shift, scale = moments.mean_std() or (0.0, 1.0)
+            elif not term.weight_at(step):
+                continue
+            joined = self._joined(name) and weight > 0
+            rules[name] = Rule(weight=weight, shift=shift, scale=scale, gate=term.gate, joined=joined)
+        return rules
+
     def coefficient(self, name: str, step: int, count: int) -> float:
-        """What a term's sum is multiplied by in the loss, given its global number of valid examples.
+        """What a term's sum is multiplied by in the loss, given its global number of counted examples.
 
         `L = sum_k coefficient_k * sum_k`: plus weight / count for flow matching and the policy gradient, minus
-        weight / count for a reward with a gradient, 0 for a term without a valid example. A reward that scores samples
-        is no term of its own.
+        weight / count for a reward (its weight is inside where it is part of a soft minimum), 0 for a term without a
+        counted example.
         """
-        if name in self.sampled:
+        weight = self.weight(name, step)
+        if not count or not weight:
             return 0.0
         sign = 1.0 if name in (FLOW_MATCHING, POLICY_GRADIENT) else -1.0
-        return sign * self.weight(name, step) / count if count else 0.0
+        return sign * (1.0 if self._joined(name) else weight) / count
+
+    def _joined(self, name: str) -> bool:
+        """Whether a term takes part in a soft minimum."""
+        return self.config.combine == "softmin" and name in self.rewards and name not in self._learned.constraints
 
     def observe(self, name: str, valid_B: Tensor) -> None:
         """Count failures of a reward.
@@ -210,21 +209,34 @@ class Objective:
                 f" or raise objective.rewards.{name}.max_failed_share"
             )
 
+    def update(self, sums: Mapping[str, ScoreSums], step: int) -> None:
+        """Learn from the scores of a finished step, over all processes: multipliers, base values, moments."""
+        self._learned.update(sums, step)
+
+    def metrics(self, sums: Mapping[str, ScoreSums], step: int) -> dict[str, float]:
+        """What changes from step to step, as it was in this one: multipliers, bounds, slacks, moments, weights."""
+        terms: dict[str, FlowMatchingConfig | TermConfig] = {FLOW_MATCHING: self.config.flow_matching}
+        terms |= self.config.rewards
+        scheduled = {f"weight/{name}": term.weight_at(step) for name, term in terms.items() if term.schedule}
+        return self._learned.metrics(sums) | scheduled
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""
-        return {"failed": {name: [int(flag) for flag in flags] for name, flags in self._failed.items()}}
+        failed = {name: [int(flag) for flag in flags] for name, flags in self._failed.items()}
+        return {"failed": failed} | self._learned.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `state()`.
 
         Raises:
-            CheckpointError: the checkpoint belongs to an objective with other rewards.
+            CheckpointError: the checkpoint belongs to an objective with other rewards, bounds or normalisation.
         """
         failed = state["failed"]
         if set(failed) != set(self._failed):
             raise CheckpointError(
                 f"the checkpoint was made with the rewards {sorted(failed)}, this run has {sorted(self._failed)}"
             )
+        self._learned.load_state(state)
         for name, flags in self._failed.items():
             flags.clear()
             flags.extend(bool(flag) for flag in failed[name])

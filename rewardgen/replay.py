@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rewardgen.base_policy import BasePolicy
 from rewardgen.distributed import Processes
-from rewardgen.flow.advantage import Advantages, group_advantages, weighted_total
+from rewardgen.flow.advantage import Advantages, group_advantages
 from rewardgen.flow.loss import draw_times_and_noise
 from rewardgen.flow.stochastic import divergence, kernel, log_density
 from rewardgen.gradients import Gradient, TermSums
@@ -32,6 +32,9 @@ from rewardgen.types import Example, Rollout, Score, StepReport, VelocityFn
 
 VelocityOf = Callable[[Sequence[Example]], Callable[[], VelocityFn]]
 """Encodes examples; each call of what it returns makes a velocity under the present gradient mode."""
+
+ValueOf = Callable[[Mapping[str, Score], Sequence[int]], Score]
+"""What samples are worth by their scores, given their groups: `Objective.sample_values` at a step."""
 
 
 class Replay(ABC):
@@ -159,7 +162,7 @@ class NftReplay(Replay):
 def replays_of(
     samples: Sequence[Rollout],
     config: GrpoConfig | NftConfig,
-    weights: Mapping[str, float],
+    value: ValueOf,
     processes: Processes,
     grid: Tensor,
 ) -> list[Replay]:
@@ -167,7 +170,7 @@ def replays_of(
 
     Args:
         samples: this process's scored rollouts; a group lies in one process, but may be spread over rollouts.
-        weights: of the rewards to count, by name; each rollout has a score of each.
+        value: what the samples are worth by their scores, given their groups.
         processes: all that make the step. They meet where `scale_rewards` is `batch`.
         grid: the flow-matching loss's times.
     """
@@ -177,9 +180,9 @@ def replays_of(
             value_B=torch.cat([rollout.scores[name].value_B for rollout in samples]),
             valid_B=torch.cat([rollout.scores[name].valid_B for rollout in samples]),
         )
-        for name in weights
+        for name in samples[0].scores
     }
-    total = weighted_total(scores, weights, group_N)
+    total = value(scores, group_N)
     everyone = None
     if config.scale_rewards == "batch":
         said = processes.exchange("the samples' scores", total.value_B[total.valid_B].tolist())
@@ -229,7 +232,7 @@ class Replayer:
     def prepare(
         self,
         samples: Sequence[Sequence[Rollout]],
-        weights: Mapping[str, float],
+        value: ValueOf,
         velocity_of: VelocityOf,
         *,
         grid: Tensor,
@@ -239,7 +242,7 @@ class Replayer:
         Its velocities stay the same over a step's updates. See `replays_of` for the arguments.
         """
         everything = [rollout for batch in samples for rollout in batch]
-        replays = replays_of(everything, self.config, weights, self._processes, grid)
+        replays = replays_of(everything, self.config, value, self._processes, grid)
         if self.base is not None:
             with torch.no_grad(), self.base.swapped_in():
                 for replay in self._played(replays):

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 
 class Settings(BaseModel):
     """A section of an experiment. It lives in the file of what it configures."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class SparseSettings(Settings):
+    """Settings whose `sparse` fields are written out only where they differ from their default.
+
+    Fields that came later thus leave the resolved configuration of older experiments, and its hash, as they were.
+    """
+
+    sparse: ClassVar[frozenset[str]] = frozenset()
+
+    def _left_out(self) -> set[str]:
+        fields = type(self).model_fields
+        return {name for name in self.sparse if getattr(self, name) == fields[name].default}
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        left_out = self._left_out()
+        return {name: value for name, value in write(self).items() if name not in left_out}
 
 
 class Plugin(Settings):

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewardgen.errors import CheckpointError
 from rewardgen.reward import Reward
+from rewardgen.rewards.cache import TensorCache, digest
 from rewardgen.rewards.clip_vit import ClipVit
-from rewardgen.rewards.preprocess import clamp_straight_through, normalise, resize_centre_crop
+from rewardgen.rewards.loading import check_tensors, read_tensors, size_of, without_prefix
+from rewardgen.rewards.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    clamp_straight_through,
+    normalise,
+    resize_centre_crop,
+)
 from rewardgen.types import Example, Score
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 METADATA_KEY = "rewardgen.csd"
 """Where our safetensors files keep their `CsdConfig`, as JSON."""
 CACHED_REFERENCES = 4096
@@ -93,7 +94,7 @@ class CsdReward(Reward):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.round_8bit = round_8bit
-        self._cache: OrderedDict[tuple[bytes, torch.dtype, torch.device], Tensor] = OrderedDict()
+        self._cache = TensorCache()
 
     @classmethod
     def from_pretrained(cls, checkpoint: str, *, heads: int | None = None, round_8bit: bool = False) -> CsdReward:
@@ -126,15 +127,12 @@ class CsdReward(Reward):
 
     def _reference(self, pixels_3HW: Tensor) -> Tensor:
         weight = self.model.last_layer_style
-        key = (_digest(pixels_3HW), weight.dtype, weight.device)
-        if key not in self._cache:
-            # One at a time: an embedding must not depend, in its last bits, on what else was new in this batch.
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache[key] = self.embed(pixels_3HW.detach()[None])[0]
-        self._cache.move_to_end(key)
-        if len(self._cache) > CACHED_REFERENCES:
-            self._cache.popitem(last=False)
-        return self._cache[key]
+        # One at a time: an embedding must not depend, in its last bits, on what else was new in this batch.
+        return self._cache.get(
+            (digest(pixels_3HW), weight.dtype, weight.device),
+            lambda: self.embed(pixels_3HW.detach()[None])[0],
+            CACHED_REFERENCES,
+        )
 
 
 def save_csd(model: CsdModel, path: str | Path) -> None:
@@ -158,82 +156,24 @@ def load_csd(path: str | Path, *, heads: int | None = None) -> CsdModel:
             or `heads` is needed, impossible or contradicts the file.
     """
     path = Path(path)
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"CSD checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
-    except OSError as error:
-        raise CheckpointError(f"CSD checkpoint {path} cannot be read: {error.strerror}") from error
-    found, stated = _read_safetensors(path) if _is_safetensors(path) else (_read_torch(path), None)
-    tensors = {name.removeprefix("module."): tensor for name, tensor in found.items()}
-    if len(tensors) < len(found):
-        raise CheckpointError(f"CSD checkpoint {path} holds tensors twice, with and without 'module.'")
-    config = _infer_config(tensors, _choose_heads(heads, stated, path), path)
+    # The released file also holds the training script's arguments, a plain bag of values.
+    found, metadata = read_tensors("CSD checkpoint", path, under="model_state_dict", plain=[argparse.Namespace])
+    what = f"CSD checkpoint {path}"
+    tensors = without_prefix(what, found)
+    config = _infer_config(tensors, _choose_heads(heads, _stated_heads(metadata, path), path), path)
     with torch.device("meta"):
         model = CsdModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check_tensors(tensors, expected, path)
-    _check_values(tensors, path)
+    check_tensors(what, tensors, expected)
     model.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)
     return model.eval()
 
 
-def _digest(picture: Tensor) -> bytes:
-    content = picture.detach().cpu().contiguous()
-    code = hashlib.blake2b(f"{content.dtype}{tuple(content.shape)}".encode(), digest_size=16)
-    code.update(content.view(torch.uint8).numpy().data)
-    return code.digest()
-
-
-def _is_safetensors(path: Path) -> bool:
-    """A safetensors file starts with the length of its JSON header in 8 bytes; hub files may have any name."""
+def _stated_heads(metadata: Mapping[str, str], path: Path) -> int | None:
     try:
-        with path.open("rb") as file:
-            return file.read(9)[8:] == b"{"
-    except OSError as error:
-        raise CheckpointError(f"CSD checkpoint {path} cannot be read: {error.strerror}") from error
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], int | None]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"CSD checkpoint {path} is damaged: {error}") from error
-    try:
-        return tensors, int(json.loads(metadata[METADATA_KEY])["heads"]) if METADATA_KEY in metadata else None
+        return int(json.loads(metadata[METADATA_KEY])["heads"]) if METADATA_KEY in metadata else None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"CSD checkpoint {path}: metadata '{METADATA_KEY}' states no heads") from error
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        # The released file also holds the training script's arguments, a plain bag of values.
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle is a program for the reader: it ends in any error there is
-        raise CheckpointError(
-            f"CSD checkpoint {path} is neither safetensors nor a torch file of plain weights{_why(error)}"
-        ) from error
-    state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
-    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
-    if state is None or not named or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(
-            f"CSD checkpoint {path} holds no tensors by name, neither at its top nor under 'model_state_dict'"
-        )
-    return dict(state)
-
-
-def _why(error: Exception) -> str:
-    """In our words: torch's message advises to switch its protection off."""
-    text = str(error)
-    if wanted := re.search(r"GLOBAL ([\w.]+)", text):
-        return f": it asks for '{wanted[1]}', which could run code; nothing of it was run"
-    if "TorchScript" in text:
-        return ": it is a TorchScript program"
-    if not isinstance(error, RuntimeError) or not text.strip():
-        return ""
-    return ": " + "".join(character for character in text.strip().splitlines()[0] if character.isprintable())
 
 
 def _choose_heads(asked: int | None, stated: int | None, path: Path) -> int | None:
@@ -243,20 +183,10 @@ def _choose_heads(asked: int | None, stated: int | None, path: Path) -> int | No
 
 
 def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, path: Path) -> CsdConfig:
-    names = {
-        "backbone.conv1.weight": 4,
-        "backbone.positional_embedding": 2,
-        "last_layer_style": 2,
-    }
-    for name, ndim in names.items():
-        if name not in tensors:
-            raise CheckpointError(f"CSD checkpoint {path} lacks the tensor '{name}'")
-        if tensors[name].ndim != ndim:
-            raise CheckpointError(f"CSD checkpoint {path}: '{name}' should have {ndim} dimensions")
-        if not tensors[name].numel():
-            raise CheckpointError(f"CSD checkpoint {path}: '{name}' is empty")
-    width, _, patch_size, _ = tensors["backbone.conv1.weight"].shape
-    num_patches = tensors["backbone.positional_embedding"].shape[0] - 1
+    what = f"CSD checkpoint {path}"
+    width, _, patch_size, _ = size_of(what, tensors, "backbone.conv1.weight", 4)
+    num_patches = size_of(what, tensors, "backbone.positional_embedding", 2)[0] - 1
+    _, output_dim = size_of(what, tensors, "last_layer_style", 2)
     blocks = {name.split(".")[3] for name in tensors if name.startswith("backbone.transformer.resblocks.")}
     if heads is None and width % 64:
         raise CheckpointError(f"CSD checkpoint {path} of width {width} states no number of heads; pass heads=")
@@ -269,27 +199,5 @@ def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, path: Path) 
         width=width,
         layers=len(blocks),
         heads=heads,
-        output_dim=tensors["last_layer_style"].shape[1],
+        output_dim=output_dim,
     )
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    for name in sorted(expected.keys() - tensors.keys()):
-        raise CheckpointError(f"CSD checkpoint {path} lacks the tensor '{name}'")
-    for name in sorted(tensors.keys() - expected.keys()):
-        raise CheckpointError(f"CSD checkpoint {path} holds the unknown tensor {name!r}")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(
-                f"CSD checkpoint {path}: '{name}' has shape {tuple(tensors[name].shape)}; expected {shape}"
-            )
-
-
-def _check_values(tensors: Mapping[str, Tensor], path: Path) -> None:
-    for name, tensor in tensors.items():
-        here = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_floating_point()
-        # A few bytes can be described as a tensor that would fill the memory.
-        if not here or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise CheckpointError(f"CSD checkpoint {path}: '{name}' is no ordinary tensor of floating-point numbers")
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"CSD checkpoint {path}: '{name}' holds values that are not finite")

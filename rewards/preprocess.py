@@ -6,14 +6,25 @@ placement near borders, so the resize is written out: two products with small we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+Kernel: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
+"""PIL's `BILINEAR` (a triangle), `BICUBIC` (a = -0.5) and `LANCZOS` (three lobes), stretched when shrinking."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's training pictures, per channel in [0, 1]; everything made from CLIP is normalised with them."""
+
+_REACH: dict[Kernel, float] = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 _FRACTION_BITS = 22
 """PIL's 8-bit resize keeps its weights as integers with this many bits after the point."""
+_Window: TypeAlias = tuple[int, int, int, int]
+"""Input length, resized length, first kept index and number of kept indices of one axis."""
 
 
 def resize_centre_crop(pixels_B3HW: Tensor, size: int, *, round_8bit: bool = False) -> Tensor:
@@ -27,8 +38,8 @@ def resize_centre_crop(pixels_B3HW: Tensor, size: int, *, round_8bit: bool = Fal
         round_8bit: the value becomes exactly PIL's for 8-bit pictures (the input is rounded to 256 levels, and so is
             the result of each pass); the gradient stays that of the unrounded resize (straight-through). Without it
             the result is PIL's for float pictures and may overshoot [0, 1] at edges. The width is resized before the
-            height, as by the Pillow that CSD was trained with; Pillow 13 turns this round for pictures more than
-            about twice as high as wide, which rounds differently.
+            height, as by the Pillow that these encoders were trained with; Pillow 13 turns this round for some pictures
+            that are higher than wide, which rounds differently.
 
     Returns:
         [B, 3, size, size].
@@ -36,23 +47,33 @@ def resize_centre_crop(pixels_B3HW: Tensor, size: int, *, round_8bit: bool = Fal
     Raises:
         ValueError: not a batch of floating-point pictures.
     """
-    if pixels_B3HW.ndim != 4 or not pixels_B3HW.is_floating_point():
-        raise ValueError(
-            f"expected floating-point pictures [B, 3, H, W], got {pixels_B3HW.dtype} {tuple(pixels_B3HW.shape)}"
-        )
-    pixels = pixels_B3HW if pixels_B3HW.dtype == torch.float64 else pixels_B3HW.float()
-    height, width = pixels.shape[-2:]
+    _check(pixels_B3HW)
+    height, width = pixels_B3HW.shape[-2:]
     rows = _window(height, min(height, width), size)
     columns = _window(width, min(height, width), size)
-    # Autocast would turn the two products into bfloat16, coarser than the 8 bits of a picture.
-    with torch.autocast(pixels.device.type, enabled=False):
-        across = _weights(*columns, size, pixels.dtype, pixels.device)
-        down = _weights(*rows, size, pixels.dtype, pixels.device)
-        smooth = down @ (pixels @ across.T)
-        if not round_8bit:
-            return smooth
-        rounded = _resize_8bit(pixels.detach(), rows, columns, size).to(smooth.dtype)
-    return straight_through(rounded, smooth)
+    return _resample(pixels_B3HW, rows, columns, "bicubic", round_8bit)
+
+
+def resize(
+    pixels_B3HW: Tensor, height: int, width: int, *, kernel: Kernel = "bicubic", round_8bit: bool = False
+) -> Tensor:
+    """PIL's `resize((width, height), kernel)` of whole pictures, sides not in proportion allowed.
+
+    Args:
+        pixels_B3HW: as for `resize_centre_crop`; so is `round_8bit`.
+        height: of the result in pixels.
+        width: of the result in pixels.
+        kernel: which of PIL's filters.
+
+    Returns:
+        [B, 3, height, width].
+
+    Raises:
+        ValueError: not a batch of floating-point pictures.
+    """
+    _check(pixels_B3HW)
+    rows, columns = pixels_B3HW.shape[-2:]
+    return _resample(pixels_B3HW, (rows, height, 0, height), (columns, width, 0, width), kernel, round_8bit)
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -87,15 +108,40 @@ class _StraightThrough(torch.autograd.Function):
         return grad[0], None
 
 
-def _window(length: int, short: int, size: int) -> tuple[int, int, int]:
-    """Return (input length, resized length, first kept index) of one axis."""
+def _check(pixels: Tensor) -> None:
+    if pixels.ndim != 4 or not pixels.is_floating_point():
+        raise ValueError(f"expected floating-point pictures [B, 3, H, W], got {pixels.dtype} {tuple(pixels.shape)}")
+
+
+def _window(length: int, short: int, size: int) -> _Window:
+    """The central `size` pixels of an axis, after the short side became `size`."""
     resized = size if length == short else int(size * length / short)
-    return length, resized, round((resized - size) / 2)
+    return length, resized, round((resized - size) / 2), size
+
+
+def _resample(given: Tensor, rows: _Window, columns: _Window, kernel: Kernel, round_8bit: bool) -> Tensor:
+    pixels = given if given.dtype == torch.float64 else given.float()
+    # Autocast would turn the two products into bfloat16, coarser than the 8 bits of a picture.
+    with torch.autocast(pixels.device.type, enabled=False):
+        across = _weights(*columns, kernel, pixels.dtype, pixels.device)
+        down = _weights(*rows, kernel, pixels.dtype, pixels.device)
+        smooth = down @ (pixels @ across.T)
+        if not round_8bit:
+            return smooth
+        rounded = _resample_8bit(pixels.detach(), rows, columns, kernel).to(smooth.dtype)
+    return straight_through(rounded, smooth)
 
 
 @lru_cache(maxsize=128)
 def _weights(
-    length: int, resized: int, first: int, kept: int, dtype: torch.dtype, device: torch.device, whole: bool = False
+    length: int,
+    resized: int,
+    first: int,
+    kept: int,
+    kernel: Kernel,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: bool = False,
 ) -> Tensor:
     """Rows `first` to `first + kept` of PIL's resize as a matrix [kept, length]; `whole`: as PIL's integers.
 
@@ -107,11 +153,12 @@ def _weights(
         scale = length / resized
         stretch = max(scale, 1.0)
         centre = (torch.arange(first, first + kept, dtype=torch.float64) + 0.5) * scale
-        start = (centre - 2 * stretch + 0.5).long().clamp(min=0)
-        stop = (centre + 2 * stretch + 0.5).long().clamp(max=length)
+        reach = _REACH[kernel] * stretch
+        start = (centre - reach + 0.5).long().clamp(min=0)
+        stop = (centre + reach + 0.5).long().clamp(max=length)
         index = torch.arange(length)
         # The order of operations is PIL's too: a last bit can turn a tie between two of the 256 levels.
-        matrix = _bicubic((index - centre[:, None] + 0.5) * (1 / stretch))
+        matrix = _FILTERS[kernel]((index - centre[:, None] + 0.5) * (1 / stretch))
         matrix *= (index >= start[:, None]) & (index < stop[:, None])
         matrix *= 1 / matrix.cumsum(1)[:, -1:]
         if whole:
@@ -128,11 +175,22 @@ def _bicubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0))
 
 
-def _resize_8bit(pixels: Tensor, rows: tuple[int, int, int], columns: tuple[int, int, int], size: int) -> Tensor:
+def _bilinear(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp(min=0)
+
+
+def _lanczos(x: Tensor) -> Tensor:
+    return torch.where((x >= -3) & (x < 3), torch.sinc(x) * torch.sinc(x / 3), 0.0)
+
+
+_FILTERS: dict[Kernel, Callable[[Tensor], Tensor]] = {"bilinear": _bilinear, "bicubic": _bicubic, "lanczos": _lanczos}
+
+
+def _resample_8bit(pixels: Tensor, rows: _Window, columns: _Window, kernel: Kernel) -> Tensor:
     """PIL's integer arithmetic in float64, whose 53 bits hold its 32-bit sums exactly; levels / 255."""
     levels = torch.round(pixels.double().clamp(0, 1) * 255)
-    across = _weights(*columns, size, torch.float64, pixels.device, whole=True)
-    down = _weights(*rows, size, torch.float64, pixels.device, whole=True)
+    across = _weights(*columns, kernel, torch.float64, pixels.device, whole=True)
+    down = _weights(*rows, kernel, torch.float64, pixels.device, whole=True)
     levels = _to_level(levels @ across.T)
     return _to_level(down @ levels) / 255
 

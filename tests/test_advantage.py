@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewardgen.flow.advantage import EPS, group_advantages, weighted_total
+from rewardgen.flow.advantage import EPS, group_advantages
 from rewardgen.types import Score
 
 
@@ -59,17 +59,6 @@ def test_advantages_of_a_group_sum_to_zero_and_are_standardised() -> None:
     assert float(found.std()) == pytest.approx(1, abs=1e-3)
     alone = group_advantages(score([1.0, 2.0]), (0, 0), scale="batch", clip=9.0, population_V=torch.tensor([0.0, 8.0]))
     assert alone.value_N.tolist() == pytest.approx([-0.5 / (32**0.5 + EPS), 0.5 / (32**0.5 + EPS)])
-
-
-def test_several_rewards_are_weighed_and_one_that_does_not_apply_has_no_say() -> None:
-    style = score([1.0, 2.0, 3.0, 4.0])
-    faces = score([0.5, math.nan, math.nan, math.nan], [True, False, False, False])
-    found = weighted_total({"style": style, "faces": faces}, {"style": 2.0, "faces": 10.0}, (0, 0, 7, 7))
-    # Group 7 has no faces: its style counts alone. In group 0 the second picture's faces failed: no fair comparison.
-    assert found.valid_B.tolist() == [True, False, True, True]
-    assert found.value_B[[0, 2, 3]].tolist() == pytest.approx([7.0, 6.0, 8.0])
-    nobody = weighted_total({"faces": score([math.nan] * 2, [False] * 2)}, {"faces": 1.0}, (0, 0))
-    assert not nobody.valid_B.any()
 
 
 @given(st.permutations(range(6)))

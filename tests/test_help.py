@@ -72,7 +72,7 @@ def parse(example: str) -> dict[str, Any]:
     depth = max(depth for depth in range(1, len(words) + 1) if " ".join(words[:depth]) in COMMANDS)
     path, rest = " ".join(words[:depth]), words[depth:]
     context = COMMANDS[path].make_context(path, list(rest))
-    if hasattr(COMMANDS[path], "commands"):
+    if hasattr(COMMANDS[path], "commands") and rest and not rest[0].startswith("-"):
         COMMANDS[path].resolve_command(context, rest)  # a word of its own that is no command
     found: dict[str, Any] = context.params
     return found

@@ -1,5 +1,6 @@
 """Terms, masks, global counts and the failure limit."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rewardgen.errors import CheckpointError, ConfigError, ScoringError
-from rewardgen.objective import FLOW_MATCHING, Objective, ObjectiveConfig, check_differentiable, masked_sum
+from rewardgen.objective import (
+    FLOW_MATCHING,
+    Objective,
+    ObjectiveConfig,
+    check_differentiable,
+    composition_faults,
+    masked_sum,
+)
 from rewardgen.reward import Reward
 from rewardgen.types import Score
 from tests.toys import ToyReward
@@ -117,3 +125,82 @@ def test_failures_are_remembered_over_a_resume() -> None:
         second.observe("style", torch.tensor([False]))
     with pytest.raises(CheckpointError, match="other"):
         second.load_state({"failed": {"other": []}})
+
+
+def composed(rewards: dict[str, dict[str, object]], **fields: object) -> ObjectiveConfig:
+    terms = {name: {"use": "toy"} | term for name, term in rewards.items()}
+    return ObjectiveConfig.model_validate({"rewards": terms} | fields)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "fields", "path", "message"),
+    [
+        ({"a": {"floor": 1.0, "ceiling": 2.0}}, {}, "rewards.a.ceiling", "name the reward twice"),
+        (
+            {"a": {"floor": 1.0, "weight": 1.0}},
+            {},
+            "rewards.a.weight",
+            "a reward with a floor counts",
+        ),
+        ({"a": {"ceiling": 1.0, "normalize": "standard"}}, {}, "rewards.a.normalize", "a reward with a ceiling"),
+        ({"a": {"floor": 1.0, "schedule": [[0, 1.0]]}}, {}, "rewards.a.schedule", "leave `schedule` out"),
+        ({"a": {"multiplier": {"rate": 2.0}}}, {}, "rewards.a.multiplier", "no floor or ceiling"),
+        ({"a": {"gate": {"reward": "contnt", "above": 0}}, "content": {}}, {}, "rewards.a.gate.reward", "'content'"),
+        ({"a": {"gate": {"reward": "a", "above": 0}}}, {}, "rewards.a.gate.reward", "no other reward"),
+        ({"a": {}, "b": {"floor": {"base": 0}, "start_step": 5}}, {}, "rewards.b.start_step", "a would train before"),
+        ({"a": {}, "b": {}}, {"combine": "softmin"}, "temperature", "needs one"),
+        ({"a": {}, "b": {}}, {"temperature": 1.0}, "temperature", "belongs to"),
+        ({"a": {}, "b": {"floor": 1.0}}, {"combine": "softmin", "temperature": 1.0}, "combine", "at least two rewards"),
+    ],
+)
+def test_what_does_not_fit_together_is_named_by_its_key(
+    rewards: dict[str, dict[str, object]], fields: dict[str, object], path: str, message: str
+) -> None:
+    config = composed(rewards, **fields)
+    (fault,) = composition_faults(config)
+    assert fault[0] == path
+    assert message in fault[1]
+    with pytest.raises(ConfigError, match=f"objective.{path}: "):
+        Objective(config, {name: ToyReward() for name in rewards})
+
+
+def test_settings_that_are_not_used_are_not_written_and_those_that_are_come_back() -> None:
+    plain = composed({"a": {}}).model_dump(mode="json")
+    assert set(plain) == {"flow_matching", "rewards", "max_failed_share", "failure_window"}
+    assert set(plain["flow_matching"]) == {"weight", "start_step"}
+    assert set(plain["rewards"]["a"]) == {"use", "args", "weight", "start_step", "max_failed_share"}
+    full = composed(
+        {
+            "a": {"normalize": "standard", "gate": {"reward": "b", "below": 1.0}, "schedule": [[0, 0.0], [9, 1.0]]},
+            "b": {"floor": {"base": -0.02}, "multiplier": {"rate": 5.0}},
+            "c": {"ceiling": 0.5},
+            "d": {},
+        },
+        combine="softmin",
+        temperature=0.5,
+        flow_matching={"schedule": [[0, 1.0], [5, 0.5]]},
+    )
+    written = json.loads(json.dumps(full.model_dump(mode="json")))
+    assert "weight" not in written["rewards"]["b"], "what is written must be accepted again"
+    again = ObjectiveConfig.model_validate_json(json.dumps(written), strict=True)
+    assert again == full
+    assert not list(composition_faults(again))
+    off = composed({"a": {}, "b": {"floor": {"base": 0}, "multiplier": {"rate": 5.0}, "weight": 0.0}})
+    assert off.model_dump(mode="json")["rewards"]["b"]["weight"] == 0
+    assert Objective(off, {"a": ToyReward(), "b": ToyReward()}).active_rewards(3) == ("a",)
+
+
+def test_who_is_scored_and_with_what_weight() -> None:
+    config = composed(
+        {
+            "a": {"weight": 2.0, "gate": {"reward": "c", "above": 0}, "schedule": [[4, 0.0], [6, 1.0]]},
+            "b": {"floor": 0.5, "start_step": 2, "multiplier": {"initial": 3.0}},
+            "c": {"weight": 0.0},
+        }
+    )
+    objective = Objective(config, {name: ToyReward() for name in "abc"})
+    assert [objective.active_rewards(step) for step in (1, 2, 5)] == [(), ("b",), ("a", "b", "c")]
+    assert [objective.weight("a", step) for step in (4, 5, 9)] == [0, 1, 2]
+    assert [objective.weight("b", step) for step in (1, 2)] == [0, 3]
+    assert list(objective.rules(5)) == ["a", "b"], "what only gates is no term of the loss"
+    assert objective.coefficient("b", 2, 6) == -0.5

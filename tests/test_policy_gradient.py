@@ -528,9 +528,9 @@ def test_who_learns_from_what() -> None:
     mixed = objective({}, {"policy_gradient": GRPO})
     assert list(mixed.sampled) == ["judge"]
     assert mixed.active_rewards(0) == ("style",)
-    assert mixed.active_samples(0) == {"judge": 1.0}
+    assert mixed.active_samples(0) == ("judge",)
     late = objective({"start_step": 3, "weight": 2.0}, {"policy_gradient": GRPO})
-    assert (late.active_samples(2), late.active_samples(3)) == ({}, {"judge": 2.0})
+    assert (late.active_samples(2), late.active_samples(3)) == ((), ("judge",))
     assert [late.weight("policy_gradient", step) for step in (2, 3)] == [0.0, 1.0]
     with pytest.raises(ConfigError, match=r"objective\.rewards\.judge: ToyJudge has no gradient"):
         objective({}, {})

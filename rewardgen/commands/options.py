@@ -119,7 +119,7 @@ Rewards = Annotated[
         "-r",
         metavar="REWARD",
         help="A bundled reward such as csd, package.module:Class, ./file.py:Class, or the name of one in the"
-        " experiment. Repeat for several.",
+        " experiment; NAME=REWARD names it anew. Repeat for several.",
         show_default="all of the experiment's",
         autocompletion=completion.rewards,
     ),
@@ -134,3 +134,14 @@ ExperimentOption = Annotated[
         show_default="none",
     ),
 ]
+
+Address = Annotated[
+    _Text,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        help="The cluster's job server: the dashboard of its head node.",
+        show_default="RAY_API_SERVER_ADDRESS, else http://localhost:8265",
+    ),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="As `rewardgen jobs` lists it.")]

@@ -104,6 +104,8 @@ def run(
 def choose_rewards(specs: Sequence[str], experiment: Experiment | None) -> dict[str, Plugin]:
     """The rewards by the names that arguments and columns have: the bundled name, or the class or function.
 
+    `NAME=REWARD` gives it a name of one's own, so that one reward can be asked for twice with other arguments.
+
     Raises:
         ConfigError: none is named, one is named twice, or the experiment has several that could be meant.
     """
@@ -114,11 +116,14 @@ def choose_rewards(specs: Sequence[str], experiment: Experiment | None) -> dict[
     if not specs and not terms:
         raise ConfigError("name what to score with: --reward csd, or --experiment FILE for all of its rewards")
     chosen: dict[str, Plugin] = {}
-    for spec in specs or list(terms):
+    for written in specs or list(terms):
+        own, equals, spec = written.partition("=")
+        if not equals or not own.isidentifier():
+            own, spec = "", written
         alike = [name for name, term in terms.items() if term.use == spec]
         if spec not in terms and len(alike) > 1:
             raise ConfigError(f"--reward {spec}: the experiment has several; name one of {', '.join(alike)}")
-        name = spec if spec in terms else spec.rpartition(":")[2]
+        name = own or (spec if spec in terms else spec.rpartition(":")[2])
         if name in chosen:
             raise ConfigError(f"--reward {spec}: there is a reward '{name}' already")
         chosen[name] = terms[spec] if spec in terms else terms[alike[0]] if alike else Plugin(use=spec)

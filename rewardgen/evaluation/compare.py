@@ -111,7 +111,7 @@ def compare(
         all_N = both_N & truth.valid_B if truth else torch.zeros_like(both_N)
         change = after.value_B[both_N] - before.value_B[both_N]
         interval = (
-            _student(change, confidence) if method == "t" else _mean_bootstrap(change, confidence, resamples, seed)
+            student(change, confidence) if method == "t" else _mean_bootstrap(change, confidence, resamples, seed)
         )
         gap = None
         if truth:
@@ -230,7 +230,7 @@ def _mean(values: Tensor) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _student(change_N: Tensor, confidence: float) -> Interval | None:
+def student(change_N: Tensor, confidence: float) -> Interval | None:
     """Mean and Student's t interval of paired differences."""
     from scipy.stats import t
 

@@ -6,7 +6,7 @@ that compute them alike must get the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -27,30 +27,6 @@ class Advantages(NamedTuple):
 
     value_N: Tensor
     taking_part_N: Tensor
-
-
-def weighted_total(scores: Mapping[str, Score], weights: Mapping[str, float], group_N: Sequence[int]) -> Score:
-    """The weighted sum of several rewards for each sample; only differences within a group carry meaning.
-
-    A reward that is valid for no sample of a group does not apply to its example and has no say in the group. A sample
-    that lacks a score which others of its group have is masked: a sum without that score could not be compared.
-
-    Args:
-        scores: by reward; at least one.
-        weights: by reward.
-        group_N: the group of each sample.
-    """
-    totals_N = torch.zeros(len(group_N), dtype=torch.float64)
-    valid_N = torch.ones(len(group_N), dtype=torch.bool)
-    any_N = torch.zeros(len(group_N), dtype=torch.bool)
-    groups_N = torch.tensor(list(group_N))
-    for name, score in scores.items():
-        value_N, own_N = score.value_B.detach().cpu().double(), score.valid_B.cpu()
-        applies_N = torch.isin(groups_N, groups_N[own_N])
-        totals_N += torch.where(own_N, weights[name] * value_N, 0.0)
-        valid_N &= own_N | ~applies_N
-        any_N |= own_N
-    return Score(value_B=totals_N, valid_B=valid_N & any_N)
 
 
 def group_advantages(

@@ -5,8 +5,6 @@ Suffixes: B pictures, N faces of one picture, F faces of all pictures, D length 
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewardgen.errors import ScoringError
+from rewardgen.rewards.cache import TensorCache, digest
 from rewardgen.rewards.faces.align import is_usable, similarity_transform, template, warp
 from rewardgen.rewards.faces.detector import FaceDetector, Faces, known_in_picture, known_in_references
 from rewardgen.rewards.faces.iresnet import load_iresnet
@@ -75,7 +74,7 @@ class FaceEncoder(nn.Module):
         self.detector = detector
         self.network = network
         self.crop_size = crop_size
-        self._cache: OrderedDict[tuple[bytes, torch.dtype, torch.device], Tensor] = OrderedDict()
+        self._cache = TensorCache()
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -155,30 +154,16 @@ class FaceEncoder(nn.Module):
 
     def _reference(self, pixels_3HW: Tensor, known_N52: Tensor | None) -> Tensor:
         like = next(chain(self.network.parameters(), self.network.buffers()), pixels_3HW)
-        key = (_digest(pixels_3HW, known_N52), like.dtype, like.device)
-        if key not in self._cache:
+
+        def look() -> Tensor:
             # One at a time: an embedding must not depend, in its last bits, on what else was new in this batch.
-            with torch.inference_mode(False), torch.no_grad():
-                pixels_13HW = pixels_3HW.detach().clone()[None].to(like.device)
-                faces = self.find(pixels_13HW, [known_N52])[0].by_size()
-                self._cache[key] = self.embed(pixels_13HW, [self.align(faces)])[0]
-        self._cache.move_to_end(key)
-        if len(self._cache) > CACHED_REFERENCES:
-            self._cache.popitem(last=False)
-        return self._cache[key]
+            pixels_13HW = pixels_3HW.detach().clone()[None].to(like.device)
+            faces = self.find(pixels_13HW, [known_N52])[0].by_size()
+            return self.embed(pixels_13HW, [self.align(faces)])[0]
+
+        key = (digest(pixels_3HW, known_N52), like.dtype, like.device)
+        return self._cache.get(key, look, CACHED_REFERENCES)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _digest(*tensors: Tensor | None) -> bytes:
-    code = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        if tensor is None:
-            code.update(b"none")
-            continue
-        content = tensor.detach().cpu().contiguous()
-        code.update(f"{content.dtype}{tuple(content.shape)}".encode())
-        code.update(content.flatten().view(torch.uint8).numpy().tobytes())
-    return code.digest()

@@ -7,18 +7,16 @@ B crops, S side of a crop, C channels, D length of an embedding.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rewardgen.errors import CheckpointError
+from rewardgen.rewards.loading import check_tensors, read_tensors, size_of, without_prefix
 
 LAYERS = {"r18": (2, 2, 2, 2), "r34": (3, 4, 6, 3), "r50": (3, 4, 14, 3), "r100": (3, 13, 30, 3)}
 """Blocks in each of the four stages, by the releases' names."""
@@ -110,10 +108,8 @@ def load_iresnet(path: str | Path) -> IResNet:
         CheckpointError: the file is missing, damaged or holds code, or a tensor is missing, unknown, of another shape
             or not finite.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"face network {path} {'is no file' if path.exists() else 'does not exist'}")
-    return iresnet_from(_read(path), str(path))
+    tensors, _ = read_tensors("face network", path, under="state_dict")
+    return iresnet_from(tensors, str(path))
 
 
 def iresnet_from(tensors: Mapping[str, Tensor], source: str) -> IResNet:
@@ -126,32 +122,24 @@ def iresnet_from(tensors: Mapping[str, Tensor], source: str) -> IResNet:
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape or not finite; it is named.
     """
-    found = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    if len(found) < len(tensors):
-        raise CheckpointError(f"face network {source} holds tensors twice, with and without 'module.'")
+    what = f"face network {source}"
+    found = without_prefix(what, tensors)
     config = _infer_config(found, source)
     with torch.device("meta"):
         model = IResNet(config)
     expected = model.state_dict()
     counters = {name: torch.zeros((), dtype=torch.long) for name in expected if name.endswith(_COUNTER)}
     found = counters | found
-    _check(found, expected, source)
+    check_tensors(what, found, {name: tuple(t.shape) for name, t in expected.items()}, counters=list(counters))
     model.load_state_dict({name: found[name].to(tensor.dtype) for name, tensor in expected.items()}, assign=True)
     return model.eval()
 
 
 def _infer_config(tensors: Mapping[str, Tensor], source: str) -> IResNetConfig:
-    convolutions = [f"layer{stage}.0.conv1.weight" for stage in range(1, 5)]
-    for name, ndim in {**dict.fromkeys(convolutions, 4), "fc.weight": 2}.items():
-        if name not in tensors:
-            raise CheckpointError(f"face network {source} lacks the tensor '{name}'; is it an IResNet?")
-        if tensors[name].ndim != ndim:
-            raise CheckpointError(f"face network {source}: '{name}' should have {ndim} dimensions")
-        if not tensors[name].numel():
-            raise CheckpointError(f"face network {source}: '{name}' is empty")
+    what = f"face network {source}"
+    widths = tuple(size_of(what, tensors, f"layer{stage}.0.conv1.weight", 4, "an IResNet")[0] for stage in range(1, 5))
+    embedding_dim, flat = size_of(what, tensors, "fc.weight", 2, "an IResNet")
     blocks = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in range(1, 5)]
-    widths = tuple(tensors[name].shape[0] for name in convolutions)
-    embedding_dim, flat = tensors["fc.weight"].shape
     side = math.isqrt(flat // widths[-1])
     if side * side * widths[-1] != flat or not side:
         raise CheckpointError(
@@ -161,51 +149,3 @@ def _infer_config(tensors: Mapping[str, Tensor], source: str) -> IResNetConfig:
     return IResNetConfig(
         layers=tuple(map(len, blocks)), widths=widths, embedding_dim=embedding_dim, image_size=side * _REDUCTION
     )
-
-
-def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    for name in sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"face network {source} lacks the tensor '{name}'")
-    for name in sorted(found.keys() - expected.keys()):
-        raise CheckpointError(f"face network {source} holds the unknown tensor '{name}'")
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"face network {source}: '{name}' has shape {tuple(tensor.shape)};"
-                f" expected {tuple(expected[name].shape)}"
-            )
-        ordinary = tensor.device.type == "cpu" and tensor.layout == torch.strided
-        right_kind = tensor.is_floating_point() or name.endswith(_COUNTER)
-        # A few bytes can be described as a tensor that would fill the memory.
-        if not ordinary or not right_kind or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
-            raise CheckpointError(f"face network {source}: '{name}' is no ordinary tensor of floating-point numbers")
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"face network {source}: '{name}' holds values that are not finite")
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with path.open("rb") as file:
-            # A safetensors file starts with the length of its JSON header in 8 bytes; hub files may have any name.
-            is_safetensors = file.read(9)[8:] == b"{"
-        if is_safetensors:
-            return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"face network {path} is damaged: {error}") from error
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle is a program for the reader: it ends in any error there is
-        raise CheckpointError(
-            f"face network {path} is neither safetensors nor a torch file of plain weights{_why(error)}"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
-    if state is None or not named or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"face network {path} holds no tensors by name, neither at its top nor in 'state_dict'")
-    return dict(state)
-
-
-def _why(error: Exception) -> str:
-    """Without torch's advice to switch its protection off."""
-    asked = re.search(r"GLOBAL (\S+)", str(error))
-    return f": it asks for '{asked[1]}', which could run code; nothing of it was run" if asked else ""

@@ -6,17 +6,30 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import rewardgen.rewards
 from rewardgen.reward import Reward, check_reward
+from rewardgen.rewards.aesthetic import AestheticReward, Pooled
 from rewardgen.rewards.brightness import Brightness
+from rewardgen.rewards.clip import ClipReward
+from rewardgen.rewards.clip_encoder import ClipEncoder
 from rewardgen.rewards.csd import CsdConfig, CsdModel, CsdReward
+from rewardgen.rewards.dino import ClassToken, DinoReward
 from rewardgen.rewards.faces.encoder import FaceEncoder
+from rewardgen.rewards.hpsv2 import Hpsv2Reward
 from rewardgen.rewards.identity import IdentityReward
+from rewardgen.rewards.image_processor import ImageProcessor
+from rewardgen.rewards.image_reward import BlipScorer, ImageReward
 from rewardgen.rewards.matching import MatchingReward
+from rewardgen.rewards.pickscore import PickScoreReward
+from rewardgen.rewards.picture_encoder import PictureEncoder
+from rewardgen.rewards.structure import StructureReward
+from tests import toy_reward_models as toys
 from tests.toy_faces import CROP, TwoPlaces, tiny_iresnet
 
 
@@ -30,13 +43,42 @@ def tiny_faces() -> FaceEncoder:
     return FaceEncoder(TwoPlaces(), tiny_iresnet(), crop_size=CROP)
 
 
+def tiny_clip(**processor: Any) -> ClipEncoder:
+    processor = processor or {"short_side": toys.SIDE, "crop": (toys.SIDE, toys.SIDE)}
+    return ClipEncoder(toys.clip_model(), toys.clip_tokenizer(), ImageProcessor(**processor))
+
+
+def tiny_dino() -> DinoReward:
+    processor = ImageProcessor(size=(toys.SIDE, toys.SIDE), kernel="bilinear")
+    return DinoReward(PictureEncoder(ClassToken(toys.dino_model()), processor))
+
+
+def tiny_aesthetic() -> AestheticReward:
+    siglip = toys.siglip_model().vision_model
+    head = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 1))
+    return AestheticReward(PictureEncoder(Pooled(siglip), ImageProcessor(size=(toys.SIDE, toys.SIDE))), head)
+
+
+def tiny_image_reward() -> ImageReward:
+    blip = BlipScorer(toys.blip_vision(), toys.blip_text(), nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 1)))
+    return ImageReward(blip, toys.bert_tokenizer(), ImageProcessor(short_side=toys.SIDE, crop=(toys.SIDE, toys.SIDE)))
+
+
 TINY: dict[str, Callable[[], Reward]] = {
+    "aesthetic": tiny_aesthetic,
     "brightness": Brightness,
+    "clip": lambda: ClipReward(tiny_clip()),
+    "clip, pictures": lambda: ClipReward(tiny_clip(), against="identity"),
     "csd": tiny_csd,
     "csd, 8 bit": lambda: tiny_csd(round_8bit=True),
+    "dino": tiny_dino,
+    "hpsv2": lambda: Hpsv2Reward(tiny_clip(long_side=toys.SIDE)),
     "identity": lambda: IdentityReward(tiny_faces()),
+    "image_reward": tiny_image_reward,
+    "structure": StructureReward,
     "matching": lambda: MatchingReward(tiny_faces()),
     "matching, options": lambda: MatchingReward(tiny_faces(), normalise="matches", floor=0.0, miss=0.5, extra=0.5),
+    "pickscore": lambda: PickScoreReward(tiny_clip()),
 }
 """Rewards with tiny random weights, by the file's name; variants after a comma."""
 

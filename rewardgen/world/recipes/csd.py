@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewardgen.policy import Policy
-from rewardgen.rewards.csd import CLIP_MEAN, CLIP_STD, CsdConfig, CsdModel, load_csd, save_csd
-from rewardgen.rewards.preprocess import normalise
+from rewardgen.rewards.csd import CsdConfig, CsdModel, load_csd, save_csd
+from rewardgen.rewards.preprocess import CLIP_MEAN, CLIP_STD, normalise
 from rewardgen.world.recipes.base import load_policy
 from rewardgen.world.recipes.lessons import Lesson, drawn, mixed_pairs, rendered
 from rewardgen.world.recipes.training import Recipe, fit
