@@ -74,11 +74,11 @@ class Objective:
         if set(rewards) != set(config.rewards):
             raise ConfigError(f"objective.rewards names {sorted(config.rewards)}, but {sorted(rewards)} were built")
         self.sampled = {n: r for n, r in rewards.items() if learns_from_samples(config.rewards[n], type(r))}
-        for path, fault in composition_faults(config, self.sampled):
-            raise ConfigError(f"objective.{path}: {fault}")
         for name, reward in rewards.items():
             check_learnable(config, name, type(reward))
             reward.requires_grad_(False).eval()
+        for path, fault in composition_faults(config, self.sampled):
+            raise ConfigError(f"objective.{path}: {fault}")
         self.config = config
         self.rewards = dict(rewards)
         self._failed = {name: deque[bool](maxlen=config.failure_window) for name in rewards}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 
@@ -52,7 +52,7 @@ class Replay(ABC):
         self.taking_part_B = advantages.taking_part_N.to(self.device)
         self.base: list[Tensor] = []
         """The base policy's velocity at each place, once it was asked for."""
-        self.seen: Counter[str] = Counter()
+        self.seen: defaultdict[str, float] = defaultdict(float)
         """Sums over the samples taking part and the places since it was last cleared."""
 
     @abstractmethod
@@ -256,7 +256,7 @@ class Replayer:
         sums.add(POLICY_GRADIENT, torch.zeros(()), 0)
         for replay in self._played(replays):
             count = int(replay.taking_part_B.sum())
-            replay.seen = Counter(samples=float(count * len(replay)))
+            replay.seen = defaultdict(float, samples=float(count * len(replay)))
             make = velocity_of(replay.rollout.examples)
             for index in range(len(replay)):
                 with torch.enable_grad(), clock.phase("replay"):
@@ -272,9 +272,11 @@ class Replayer:
 
     def metrics(self, replays: Sequence[Replay]) -> dict[str, float]:
         """Means over the samples that took part in the latest update, of all processes, and the share that did."""
-        seen: Counter[str] = Counter(drawn=float(sum(len(replay.rollout.group_B) for replay in replays)))
+        seen: defaultdict[str, float] = defaultdict(float)
         for replay in replays:
-            seen.update(replay.seen)
+            seen["drawn"] += len(replay.rollout.group_B)
+            for name, value in replay.seen.items():
+                seen[name] += value
             seen["taking_part"] += float(replay.taking_part_B.sum())
         said = self._processes.exchange("what the samples were worth", dict(seen))
         total = {name: sum(other.get(name, 0.0) for other in said) for name in sorted({*chain(*said)})}
