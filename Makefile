@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXPERIMENT ?= experiments/uso_srl.yaml
+# Test processes at a time, each of one thread.
+JOBS ?= 2
 # For example ARGS=--resume, or ARGS="train.num_steps=20 --output runs/short".
 ARGS ?=
 
@@ -13,7 +15,7 @@ train: $(STAMP)
 	$(BIN)/rewardgen train $(EXPERIMENT) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

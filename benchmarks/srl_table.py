@@ -22,7 +22,7 @@ from cells import METRICS, SEEDS, key_of
 
 from rewardgen.config import Experiment
 
-__all__ = ["ARMS", "NO_REWARD", "SEEDS", "TABLE", "cells", "experiment_of", "is_current", "key_of", "path_of", "render", "run_cell"]
+__all__ = ["ARMS", "SEEDS", "TABLE", "cells", "experiment_of", "is_current", "key_of", "path_of", "render", "run_cell"]
 
 CELLS = shared.RESULTS / "srl_tiny"
 TABLE = shared.RESULTS / "srl_tiny.md"

@@ -43,7 +43,7 @@ from bare_step import BareStep, Inputs
 
 from rewardgen import build
 from rewardgen.fleet.inline import InlinePool
-from rewardgen.fleet.pool import Handle
+from rewardgen.fleet.pool import Handle, Here
 from rewardgen.flow.loss import draw_times_and_noise
 from rewardgen.measure import Clock
 from rewardgen.policy import noise_like_request
@@ -108,11 +108,14 @@ class _Requests:
     size = 1
 
     def put(self, value: Any) -> Handle[Any]:
-        return Handle(lambda: value)
+        return Here(value)
 
-    def submit(self, method: str, request: Any, weights: Any) -> mock.Mock:
+    def submit(self, method: str, request: Any, weights: Any, about: str = "") -> mock.Mock:
         self.request = request
-        return mock.Mock(**{"result.return_value": Handle(lambda: None)})
+        return mock.Mock(**{"result.return_value": Here(None)})
+
+    def figures(self) -> dict[str, float]:
+        return {}
 
 
 def inputs_of(pair: Pair, step: int) -> Inputs:
@@ -126,7 +129,7 @@ def inputs_of(pair: Pair, step: int) -> Inputs:
         trainer.step(step)
     ((batch,),) = called.call_args.args
     places = {example.id: place for place, example in enumerate(pair.examples)}
-    policy, size = trainer.learner.policy, trainer.rollout.image_size
+    policy, size = trainer.learner.policy, trainer.batches.rollout.image_size
     noise_BLP = noise_like_request(policy, pool.request.seed_B, size)
     t_B, fm_noise_BLP = draw_times_and_noise(batch.seed_B, noise_BLP, policy.training_sigmas(size))
     return Inputs(

@@ -6,15 +6,19 @@ Shape suffixes: B batch, H and W pixels, T text tokens, D text width, Q pooled w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewardgen.errors import ConfigError
 from rewardgen.policies.conditions import Reference
-from rewardgen.policies.encodings import EncodingCache, content_hash
+from rewardgen.policies.encodings import EncodingCache, EncodingStore, content_hash
 from rewardgen.policies.packing import PATCH, pack, preprocess_reference, to_pil, to_signed
 from rewardgen.policies.parts import FluxParts, siglip_pixels
 from rewardgen.policies.projector import select_levels
@@ -23,9 +27,13 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import SiglipVisionModel
 
+_LOG = logging.getLogger(__name__)
+
 
 def encode_text(parts: FluxParts, prompt: str, max_tokens: int) -> tuple[Tensor, Tensor]:
     """T5 states [T, D] and CLIP's pooled output [Q]; T5's padding takes part in attention, as in the release."""
+    if parts.text_encoder is None or parts.text_encoder_2 is None or parts.tokenizer is None:
+        raise ConfigError(f"the prompt {prompt[:80]!r} was not encoded ahead, and the policy has no text encoders")
     device = parts.text_encoder.device
     clip_length = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)
 
@@ -80,20 +88,42 @@ class FluxEncoder:
         content_long_side: pixels of the long side to which content references are resized.
         max_text_tokens: length to which T5 prompts are padded and cut.
         sample_posterior: draw content latents from the posterior. The draw is seeded by the picture, so it repeats.
+        store: where encodings are kept between runs.
+        load_text: gives the text encoders' fields of `parts` where those lack them and a prompt was never encoded.
+        load_siglip: gives SigLIP, likewise.
     """
 
     def __init__(
-        self, parts: FluxParts, *, content_long_side: int, max_text_tokens: int, sample_posterior: bool
+        self,
+        parts: FluxParts,
+        *,
+        content_long_side: int,
+        max_text_tokens: int,
+        sample_posterior: bool,
+        store: EncodingStore | None = None,
+        load_text: Callable[[], Mapping[str, Any]] | None = None,
+        load_siglip: Callable[[], SiglipVisionModel] | None = None,
     ) -> None:
         self.parts = parts
         self.content_long_side, self.max_text_tokens = content_long_side, max_text_tokens
         self.sample_posterior = sample_posterior
-        self.cache = EncodingCache()
+        self.cache = EncodingCache(store=store)
+        self._load_text, self._load_siglip = load_text, load_siglip
 
     def text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """T5 states [T, D] and pooled CLIP text [Q]."""
-        states, pooled = self.cache.get("text", prompt, lambda: encode_text(self.parts, prompt, self.max_text_tokens))
+
+        def encode() -> tuple[Tensor, Tensor]:
+            if self.parts.text_encoder is None and self._load_text is not None:
+                self._take("text encoders", **self._load_text())
+            return encode_text(self.parts, prompt, self.max_text_tokens)
+
+        states, pooled = self.cache.get("text", prompt, encode)
         return states, pooled
+
+    def remember_text(self, prompt: str, states_TD: Tensor, pooled_Q: Tensor) -> None:
+        """Take encodings of a prompt from elsewhere, in place of the text encoders'."""
+        self.cache.get("text", prompt, lambda: (states_TD, pooled_Q))
 
     def reference(self, image_3HW: Tensor, multiple: int) -> Reference:
         """A content reference as tokens, cropped to a multiple of `multiple` pixels."""
@@ -102,17 +132,50 @@ class FluxEncoder:
         def encode() -> tuple[Tensor, ...]:
             image = preprocess_reference(to_pil(image_3HW), self.content_long_side, multiple)
             noise = torch.Generator().manual_seed(int(key[:15], 16)) if self.sample_posterior else None
-            return (vae_latents(self.parts.vae, to_signed(image), noise)[0],)
+            return (self._tokens(to_signed(image), noise),)
 
-        (latents_CHW,) = self.cache.get("content", key, encode)
-        grid = (latents_CHW.shape[1] // PATCH, latents_CHW.shape[2] // PATCH)
-        return Reference(tokens_NP=pack(latents_CHW[None])[0], grid=grid)
+        (tokens_RCP,) = self.cache.get("content", key, encode)
+        return Reference(tokens_NP=tokens_RCP.flatten(0, 1), grid=(tokens_RCP.shape[0], tokens_RCP.shape[1]))
+
+    def target(self, image_3HW: Tensor) -> Tensor:
+        """The mean encoding of a picture of its own size as packed tokens [L, P]."""
+        encode = partial(self._tokens, image_3HW[None] * 2 - 1, None)
+        (tokens_RCP,) = self.cache.get("target", content_hash(image_3HW), lambda: (encode(),))
+        return tokens_RCP.flatten(0, 1)
+
+    def _tokens(self, signed_13HW: Tensor, noise: torch.Generator | None) -> Tensor:
+        """Packed tokens by row and column [rows, columns, P]."""
+        latents_1CHW = vae_latents(self.parts.vae, signed_13HW, noise)
+        rows, columns = latents_1CHW.shape[2] // PATCH, latents_1CHW.shape[3] // PATCH
+        tokens_RCP: Tensor = pack(latents_1CHW)[0].unflatten(0, (rows, columns))
+        return tokens_RCP
 
     def style(self, image_3HW: Tensor) -> Tensor:
         """SigLIP levels of a style picture, [3, V, D]. Raises ConfigError where there is no SigLIP."""
-        siglip, size = self.parts.siglip, self.parts.siglip_size
-        if siglip is None or size is None:
-            raise ConfigError("an example has style references, but the policy has no `siglip` to read them")
-        return self.cache.get(
-            "style", content_hash(image_3HW), lambda: (style_levels(siglip, to_pil(image_3HW), size),)
-        )[0]
+
+        def encode() -> tuple[Tensor]:
+            if self.parts.siglip is None and self._load_siglip is not None:
+                self._take("SigLIP", siglip=self._load_siglip())
+            siglip, size = self.parts.siglip, self.parts.siglip_size
+            if siglip is None or size is None:
+                raise ConfigError("an example has style references, but the policy has no `siglip` to read them")
+            return (style_levels(siglip, to_pil(image_3HW), size),)
+
+        return self.cache.get("style", content_hash(image_3HW), encode)[0]
+
+    def _take(self, what: str, **parts: Any) -> None:
+        """Load encoders late, frozen, beside the transformer."""
+        device = self.parts.transformer.device
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).to(device)
+        _LOG.warning("not everything is encoded yet: loading the %s; `rewardgen encode` does it ahead", what)
+        self.parts = replace(self.parts, **parts)
+
+    def release(self) -> None:
+        """Let go of the encoders that were loaded late; they come back when something new is to be encoded."""
+        if self._load_text is not None:
+            nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+            self.parts = replace(self.parts, **nothing)
+        if self._load_siglip is not None:
+            self.parts = replace(self.parts, siglip=None)

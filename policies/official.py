@@ -43,46 +43,68 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
-def _load(module: nn.Module, entries: list[Entry], tensors: Mapping[str, Tensor], source: str) -> None:
+def _load(
+    module: nn.Module,
+    entries: list[Entry],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put a file's tensors into a module: into its parameters, or with `dtype` in place of them (of one on `meta`)."""
     state = from_official(entries, tensors, _shapes(module), source)
     for key, tensor in tensors.items():
         check_values(key, tensor, source)
-    # Loaded parts are often views of one fused tensor; copying into the module's own parameters keeps them apart.
-    module.load_state_dict(state, strict=False)
+    # Loaded parts are often views of one fused tensor; each gets memory of its own.
+    if dtype is None:
+        module.load_state_dict(state, strict=False)
+    else:
+        own = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in state.items()}
+        module.load_state_dict(own, strict=True, assign=True)
 
 
 def _build(
-    make: Callable[[], M], entries_of: Callable[[M], list[Entry]], tensors: Mapping[str, Tensor], source: str
+    make: Callable[[], M],
+    entries_of: Callable[[M], list[Entry]],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> M:
-    """A module whose sizes the file tells, with the file's tensors.
+    """A module whose sizes the file tells, with the file's tensors in `dtype`.
 
-    It is made without memory first: a damaged file may ask for any size, and is to be told before it gets it.
+    It is made without memory: a damaged file may ask for any size, and is to be told before it gets it. Each tensor is
+    copied once, straight into its precision.
     """
     try:
         with torch.device("meta"):
             blank = make()
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: the sizes of its tensors make no model ({error})") from error
-    from_official(entries_of(blank), tensors, _shapes(blank), source)
-    model = make()
-    _load(model, entries_of(model), tensors, source)
-    return model
+    _load(blank, entries_of(blank), tensors, source, dtype=dtype)
+    return blank
 
 
 # -- transformer -------------------------------------------------------------------------------------------------
 
 
-def load_transformer(path: Path, *, axes_dims_rope: tuple[int, int, int] = (16, 56, 56)) -> FluxTransformer2DModel:
-    """A FLUX.1 transformer file under its original keys as a diffusers model, float32.
+def load_transformer(
+    path: Path, *, axes_dims_rope: tuple[int, int, int] | None = None, dtype: torch.dtype = torch.float32
+) -> FluxTransformer2DModel:
+    """A FLUX.1 transformer file under its original keys (`flux1-dev.safetensors`) as a diffusers model.
 
     Args:
         axes_dims_rope: widths of the three rotary axes, the one size that no tensor tells; they sum to a head's width.
+            None takes FLUX.1's shares of it: 16, 56 and 56 of 128.
+        dtype: precision of the result.
     """
     from diffusers import FluxTransformer2DModel
 
     source, tensors = str(path), read_tensors(path)
     hidden, in_channels = need(tensors, "img_in.weight", source).shape
     head_dim = need(tensors, "double_blocks.0.img_attn.norm.query_norm.scale", source).shape[0]
+    if axes_dims_rope is None:
+        axes_dims_rope = (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16)
     if sum(axes_dims_rope) != head_dim:
         raise CheckpointError(f"{source}: rotary axes {axes_dims_rope} do not sum to the head width {head_dim}")
     mlp_width = need(tensors, "double_blocks.0.img_mlp.0.weight", source).shape[0]
@@ -105,7 +127,7 @@ def load_transformer(path: Path, *, axes_dims_rope: tuple[int, int, int] = (16, 
             _resize_mlp(model, hidden, mlp_width)
         return model
 
-    return _build(make, _transformer_entries, tensors, source).eval()
+    return _build(make, _transformer_entries, tensors, source, dtype=dtype).eval()
 
 
 def _resize_mlp(model: FluxTransformer2DModel, hidden: int, mlp_width: int) -> None:
@@ -150,8 +172,10 @@ def save_transformer(model: FluxTransformer2DModel, folder: Path) -> Path:
 # -- autoencoder -------------------------------------------------------------------------------------------------
 
 
-def load_vae(path: Path, *, scaling_factor: float = 0.3611, shift_factor: float = 0.1159) -> AutoencoderKL:
-    """A FLUX.1 autoencoder file under its original keys as a diffusers model, float32."""
+def load_vae(
+    path: Path, *, scaling_factor: float = 0.3611, shift_factor: float = 0.1159, dtype: torch.dtype = torch.float32
+) -> AutoencoderKL:
+    """A FLUX.1 autoencoder file under its original keys (`ae.safetensors`) as a diffusers model in `dtype`."""
     from diffusers import AutoencoderKL
 
     source, tensors = str(path), read_tensors(path)
@@ -170,7 +194,7 @@ def load_vae(path: Path, *, scaling_factor: float = 0.3611, shift_factor: float 
         "use_quant_conv": False,
         "use_post_quant_conv": False,
     }
-    return _build(lambda: AutoencoderKL(**sizes), _vae_entries, tensors, source).eval()
+    return _build(lambda: AutoencoderKL(**sizes), _vae_entries, tensors, source, dtype=dtype).eval()
 
 
 def _vae_entries(model: AutoencoderKL) -> list[Entry]:

@@ -51,13 +51,21 @@ def resolve_file(source: str) -> Path:
     if not colon or not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise CheckpointError(f"{source}: no such file (on the hub write 'owner/repository:path/in/it')")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, inside))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{source}: the repository is gated: accept its licence at https://huggingface.co/{repository}, then log in"
+            " with `hf auth login`"
+        ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{source}: cannot be had from the hub ({reason})") from error
+        raise CheckpointError(
+            f"{source}: cannot be had from the hub ({reason}); where the hub is reached, `hf download {repository}"
+            f" {inside}`, then name the file here"
+        ) from error
 
 
 def count(tensors: Mapping[str, Tensor], pattern: str) -> int:

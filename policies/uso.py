@@ -6,31 +6,39 @@ tokens, P packed latent channels, V SigLIP tokens, D their width, H and W pixels
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from rewardgen.errors import ConfigError, nearest
 from rewardgen.flow import schedule as times
-from rewardgen.policies import official
+from rewardgen.policies import official, shapes
 from rewardgen.policies.conditions import Group, UsoCondition, group_by_layout
 from rewardgen.policies.dit import grouped_velocity
 from rewardgen.policies.encoders import FluxEncoder, vae_latents, vae_pixels
+from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.packing import PATCH, Grid, PositionEncoding, image_ids, pack, unpack
-from rewardgen.policies.parts import FluxParts, check_sizes, load_parts
+from rewardgen.policies.parts import FluxParts, Sources, check_sizes, encoding_fingerprints
+from rewardgen.policies.parts import load_parts as load_parts
+from rewardgen.policies.parts import load_siglip as load_siglip
+from rewardgen.policies.parts import load_text as load_text
 from rewardgen.policies.projector import StyleProjector
+from rewardgen.policies.shapes import DEFAULT_RANK, DEFAULT_STYLE_TOKENS
 from rewardgen.policies.trained import Part, require_gradients, save_trained
 from rewardgen.policy import Mode, Policy
 from rewardgen.types import Condition, Example, VelocityFn
+
+if TYPE_CHECKING:
+    from transformers import SiglipVisionModel
 
 Schedule = Literal["official", "token_count"]
 VaeEncode = Literal["mean", "sample"]
 BaseDtype = Literal["fp32", "bf16"]
 
-DEFAULT_RANK = 128
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -54,6 +62,7 @@ class UsoPolicy(Policy):
         content_long_side: pixels of the long side to which content references are resized.
         max_text_tokens: length to which T5 prompts are padded and cut.
         pe: along which axes reference ids are offset; "d" is both, as released.
+        store, load_text, load_siglip: see `FluxEncoder`. With a store, targets are encoded one by one and kept too.
     """
 
     def __init__(
@@ -70,6 +79,9 @@ class UsoPolicy(Policy):
         content_long_side: int = 512,
         max_text_tokens: int = 512,
         pe: PositionEncoding = "d",
+        store: EncodingStore | None = None,
+        load_text: Callable[[], Mapping[str, Any]] | None = None,
+        load_siglip: Callable[[], SiglipVisionModel] | None = None,
     ) -> None:
         super().__init__()
         _check_choice("train", train, Part)
@@ -90,6 +102,9 @@ class UsoPolicy(Policy):
             content_long_side=content_long_side,
             max_text_tokens=max_text_tokens,
             sample_posterior=vae_encode == "sample",
+            store=store,
+            load_text=load_text,
+            load_siglip=load_siglip,
         )
         check_sizes(parts, projector)
         if (lora_rank is not None or "lora" in train) and not official.has_lora(self.transformer):
@@ -100,14 +115,19 @@ class UsoPolicy(Policy):
     @classmethod
     def from_pretrained(
         cls,
-        base: str,
+        base: str | None,
         *,
+        transformer: str | None = None,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        text_encoder_2: str | None = None,
         siglip: str | None = None,
         lora: str | None = None,
         projector: str | None = None,
         lora_rank: int | None = None,
-        style_tokens_per_level: int = 64,
+        style_tokens_per_level: int = DEFAULT_STYLE_TOKENS,
         base_dtype: BaseDtype = "fp32",
+        encodings: str | None = None,
         train: tuple[Part, ...] = ("lora",),
         schedule: Schedule = "official",
         sample_guidance: float = 4.0,
@@ -120,12 +140,17 @@ class UsoPolicy(Policy):
         """Load a policy; options not named here are those of the class.
 
         Args:
-            base: folder or hub id in the layout of a diffusers `FluxPipeline`.
+            base: folder or hub id in the layout of a diffusers `FluxPipeline`, for all parts not named below; None
+                where they are all named.
+            transformer, vae: in place of the base's; also the single files of Black Forest Labs' own release.
+            text_encoder, text_encoder_2: in place of the base's, each a folder or hub id with its tokenizer.
             siglip: folder or hub id of a SigLIP vision model; needed for style pictures.
             lora: official LoRA file, or `owner/repository:path` on the hub; its rank is taken over.
             projector: official projector file, likewise. Without one, a fresh projector is made if `train` names it.
             style_tokens_per_level: size of such a fresh projector.
             base_dtype: precision of what is not trained. What is trained is float32.
+            encodings: folder that keeps what was encoded. Text encoders and SigLIP are then loaded only when something
+                is missing there; `rewardgen encode` fills it ahead.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another layout.
@@ -136,20 +161,35 @@ class UsoPolicy(Policy):
             None if source is None else official.resolve_file(source) for source in (projector, lora)
         )
         dtype = DTYPES[base_dtype]
-        parts = load_parts(base, siglip, dtype=dtype)
+        sources = Sources(
+            base=base,
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            siglip=siglip,
+        )
+        parts = load_parts(sources, dtype=dtype, encoders=encodings is None)
         style: StyleProjector | None = None
         if projector_file is not None:
             style = official.load_projector(projector_file)
-        elif "projector" in train and parts.siglip is not None:
-            vision = parts.siglip.config
-            style = StyleProjector(
-                num_tokens=(vision.image_size // vision.patch_size) ** 2,
-                token_dim=vision.hidden_size,
-                tokens_per_level=style_tokens_per_level,
-                hidden_size=parts.transformer.inner_dim,
+        elif "projector" in train and siglip is not None:
+            style = shapes.make_projector(
+                parts.siglip.config.to_dict() if parts.siglip else shapes.config_of(siglip),
+                style_tokens_per_level,
+                parts.transformer.inner_dim,
             )
         if lora_file is not None:
             official.load_lora(parts.transformer, lora_file, rank=lora_rank)
+        late: dict[str, Any] = {}
+        if encodings is not None:
+            settings: dict[str, Any] = {"dtype": base_dtype, "vae_encode": vae_encode}
+            settings |= {"content_long_side": content_long_side, "max_text_tokens": max_text_tokens}
+            late = {
+                "store": EncodingStore(Path(encodings).expanduser(), encoding_fingerprints(sources, settings)),
+                "load_text": partial(load_text, sources, dtype),
+                "load_siglip": None if siglip is None else partial(load_siglip, siglip, dtype),
+            }
         policy = cls(
             parts,
             style,
@@ -162,7 +202,24 @@ class UsoPolicy(Policy):
             content_long_side=content_long_side,
             max_text_tokens=max_text_tokens,
             pe=pe,
+            **late,
         )
+        policy.cast_frozen(dtype)
+        return policy
+
+    @classmethod
+    def blueprint(cls, base: str | None, **options: Any) -> Self:
+        """A policy of the right sizes whose weights mean nothing, where the caller is (`with torch.device(...)`).
+
+        It takes the arguments of `from_pretrained`. Sizes come from the files that are here, else from the table of
+        released models; nothing is fetched.
+
+        Raises:
+            CheckpointError: the sizes of a part are not known.
+            ConfigError: the parts do not fit together.
+        """
+        dtype = DTYPES[options.pop("base_dtype", "fp32")]
+        policy = cls(*shapes.take_shapes(base, options, dtype=dtype), **options)
         policy.cast_frozen(dtype)
         return policy
 
@@ -191,6 +248,11 @@ class UsoPolicy(Policy):
                 part.enable_gradient_checkpointing()
             else:
                 part.disable_gradient_checkpointing()
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the DiT's blocks one by one: all double and all single ones share one compiled program each."""
+        for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks):
+            block.compile(**options)
 
     @property
     def device(self) -> torch.device:
@@ -224,6 +286,9 @@ class UsoPolicy(Policy):
         With `vae_encode` "sample" the posterior is drawn from with torch's global CPU generator.
         """
         self._grid((pixels_B3HW.shape[2], pixels_B3HW.shape[3]))
+        if self.encoder.cache.store is not None and self.vae_encode == "mean":
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return torch.stack([self.encoder.target(pixels_3HW) for pixels_3HW in pixels_B3HW]).to(self.device)
         noise = "global" if self.vae_encode == "sample" else None
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return pack(vae_latents(self.vae, pixels_B3HW * 2 - 1, noise))
@@ -232,6 +297,10 @@ class UsoPolicy(Policy):
         """Clean latents -> pictures [B, 3, H, W], nominally in [0, 1] but not clamped, under the caller's gradients."""
         with torch.autocast(self.device.type, enabled=False):
             return (vae_pixels(self.vae, unpack(latents_BLC, self._grid(image_size))) + 1) / 2
+
+    def release_encoders(self) -> None:
+        """Let text encoders and SigLIP leave memory, where `encodings` lets them come back."""
+        self.encoder.release()
 
     # -- sampling --
 

@@ -82,9 +82,10 @@ def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
     for name, annotation in inspect.get_annotations(inspect.unwrap(getattr(function, "__func__", function))).items():
         # One by one: a name imported only for the type checker leaves its own argument unchecked, not all of them.
         try:
-            hints[name] = typing.get_type_hints(SimpleNamespace(__annotations__={name: annotation}), _names(function))[
-                name
-            ]
+            found = typing.get_type_hints(
+                SimpleNamespace(__annotations__={name: annotation}), _names(function), include_extras=True
+            )
+            hints[name] = found[name]
         except (NameError, TypeError, AttributeError):
             hints[name] = Any
     return hints

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from rewardgen import plugins, sources, strict_yaml
+from rewardgen import memory_plan, sources
 from rewardgen.checkpoint import has_checkpoints, latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
+from rewardgen.construct import make as make
+from rewardgen.data.buckets import BucketedDataset
 from rewardgen.distributed import Processes, launched
 from rewardgen.errors import CheckpointError, ConfigError, nearest
 from rewardgen.evaluation.compare import Comparison, compare, render_markdown, render_table
@@ -26,33 +26,17 @@ from rewardgen.fleet.inline import InlinePool
 from rewardgen.held_out import evaluate_held_out, open_monitor, warn
 from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
-from rewardgen.manifest import redact, write_manifest
+from rewardgen.manifest import write_manifest
 from rewardgen.objective import Objective
 from rewardgen.policy import Policy
 from rewardgen.report import Reporter
 from rewardgen.reward import Reward
-from rewardgen.rollout import RolloutWorker
+from rewardgen.run_folder import as_yaml, open_folder, resolved_settings, resume_command
 from rewardgen.scoring import ScoringWorker
-from rewardgen.settings import Plugin
 from rewardgen.sharding import ShardedPolicy, spread
 from rewardgen.trainer import Dataset, Trainer, choose_device
 from rewardgen.types import Example
-
-CONFIG = "config.yaml"
-_MAY_CHANGE = (
-    "train.num_steps",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_best",
-    "train.keep_best_metric",
-    "train.strategy",
-    "train.batch_size",  # the trainer sees to it that a step has as many examples as before
-    "train.accumulation",
-    "evaluation",
-    "monitor",
-    "report",
-)
-"""What a resumed run may do differently without being another run."""
+from rewardgen.workers import inline_workers, ray_workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,20 +48,6 @@ class Parts:
     train_data: Dataset
     held_out: list[Example]
     metrics: dict[str, Reward]
-
-
-def make(path: str, kind: plugins.Kind, plugin: Plugin) -> Any:
-    """Construct a plug-in: fetch what its arguments name, check them against its signature, call it.
-
-    Args:
-        path: key path in the experiment, for messages.
-
-    Raises:
-        UserError: a source is missing, an argument does not fit, or the plug-in refuses it.
-    """
-    target = plugins.factory(plugins.resolve(kind, plugin.use))
-    args = sources.materialise(plugin.args, f"{path}.args")
-    return target(**plugins.check_args(target, args, f"{path}.args"))
 
 
 def require_sources(experiment: Experiment) -> None:
@@ -99,7 +69,9 @@ def assemble(experiment: Experiment, processes: Processes | None = None) -> Part
     require_sources(experiment)
     processes = processes or Processes()
     device = processes.device or choose_device(experiment.train.device)
-    train_data = make("data.train", "data", experiment.data.train)
+    train_data: Dataset = make("data.train", "data", experiment.data.train)
+    if experiment.rollout.buckets is not None:
+        train_data = BucketedDataset(train_data, experiment.rollout.buckets)
     held_out = _first(make("data.held_out", "data", experiment.data.held_out), experiment.evaluation.num_examples)
     rewards = {
         name: make(f"objective.rewards.{name}", "rewards", term) for name, term in experiment.objective.rewards.items()
@@ -111,8 +83,11 @@ def assemble(experiment: Experiment, processes: Processes | None = None) -> Part
     objective = Objective(experiment.objective, rewards).to(device)
     policy: Policy = make("policy", "policies", experiment.policy)
     policy = spread(policy, processes, experiment.train.strategy).to(device)
-    policy.latent_shape(experiment.rollout.image_size)  # refuses a size the model cannot draw
+    for size in (experiment.rollout.image_size, *(experiment.rollout.buckets or ())):
+        policy.latent_shape(size)  # refuses what the model cannot draw
     policy.enable_checkpointing(experiment.train.gradient_checkpointing)
+    if experiment.train.compile:
+        policy.compile_blocks()
     learner = Learner(
         policy,
         objective,
@@ -146,19 +121,23 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
     """
     _check_keep_best(experiment)
     require_sources(experiment)
-    with launched(choose_device(experiment.train.device), experiment.train.strategy) as processes:
-        return _train(experiment, folder or Path("runs") / experiment.name, processes, resume=resume)
+    with launched(choose_device(experiment.train.device), experiment.train.strategy) as processes, ExitStack() as stack:
+        return _train(experiment, folder or Path("runs") / experiment.name, processes, stack, resume=resume)
 
 
-def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume: bool) -> bool:
-    """One process's share of `train`."""
+def _train(experiment: Experiment, folder: Path, processes: Processes, stack: ExitStack, *, resume: bool) -> bool:
+    """One process's share of `train`. What must be closed in the end goes onto the stack."""
     console = _console(quiet=not processes.is_first)
-    resolved = _resolved(experiment)
+    resolved = resolved_settings(experiment)
     reporter = Reporter(folder, experiment.report, num_steps=experiment.train.num_steps, experiment=resolved)
     if processes.is_first:
-        _open_folder(folder, experiment, resume=resume)
+        open_folder(folder, experiment, resume=resume)
     monitor = open_monitor(experiment, folder) if processes.is_first else None
+    remote = ray_workers(experiment, processes)  # they load their weights while this process does
+    if remote is not None:
+        stack.enter_context(closing(remote))
     parts = assemble(experiment, processes)
+    pool = remote or inline_workers(experiment, parts.policy)
     if processes.is_first:
         write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
     console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
@@ -183,11 +162,12 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
 
     trainer = Trainer(
         parts.learner,
-        InlinePool(RolloutWorker(parts.policy, precision=experiment.train.precision)),
+        pool,
         parts.train_data,
         rollout=experiment.rollout,
         config=experiment.train,
         seed=experiment.seed,
+        staleness=experiment.fleet.staleness,
         folder=folder,
         reporter=reporter,
         evaluate=evaluate_now,
@@ -195,7 +175,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, *, resume
         scoring=InlinePool(ScoringWorker(parts.learner.objective.sampled)),
     )
     first = trainer.resume() if resume and has_checkpoints(trainer.checkpoints) else 0
-    command = _resume_command(experiment, folder, processes.size)
+    command = resume_command(experiment, folder, processes.size)
     with resumable(trainer.checkpoints, command):
         with reporter:
             if processes.is_first and base is not None:
@@ -247,16 +227,14 @@ def evaluate_checkpoint(
         console.print(render_table(comparison))
 
 
-def check(experiment: Experiment) -> None:
+def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: float | None = None) -> None:
     """Print the resolved experiment, what it reads and whether that is here, and what would be trained.
 
-    Nothing is fetched. Weights are read only where all of the policy's are here.
-
-    Raises:
-        UserError: a bundled asset is missing, or local weights do not fit together.
+    Nothing is fetched. Weights are read only where all of the policy's are here. `plan` adds what a step needs
+    (`memory_plan.describe`); None does where weights are not here. Raises UserError: an asset or weights do not fit.
     """
     console = _console()
-    console.print(_as_yaml(experiment), markup=False, highlight=False, end="\n\n")
+    console.print(as_yaml(experiment), markup=False, highlight=False, end="\n\n")
     _check_keep_best(experiment)
     require_sources(experiment)
     console.print("what it reads:")
@@ -272,10 +250,13 @@ def check(experiment: Experiment) -> None:
         console.print(f"to be fetched from the hub when training starts: {', '.join(hub)}")
     if local:
         console.print(f"to be put in place before training: {', '.join(local)}")
-    if not any(source.path.startswith("policy.") for source in missing):
+    if not (absent := any(source.path.startswith("policy.") for source in missing)):
         policy = make("policy", "policies", experiment.policy)
         policy.latent_shape(experiment.rollout.image_size)
         console.print(f"trained: {_count(policy)} parameters in {len(policy.trainable())} tensors")
+    if plan or (plan is None and absent):
+        lines = memory_plan.describe(experiment, device_bytes, required=bool(plan))
+        console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Evaluation, folder: Path) -> None:
@@ -318,47 +299,6 @@ def _check_keep_best(experiment: Experiment) -> None:
         )
 
 
-def _resume_command(experiment: Experiment, folder: Path, num_processes: int) -> str:
-    """What goes on with a run, from the same working directory: its resolved experiment is an experiment file too."""
-    resume = ["--output", str(folder), "--resume"]
-    if _resolved(experiment) != experiment.model_dump(mode="json"):  # it lacks the secrets
-        return f"the command that began it, and {shlex.join(resume)}"
-    program = ["rewardgen"]
-    if num_processes > 1:
-        program = ["torchrun", "--nproc-per-node", str(num_processes), "-m", "rewardgen"]
-    return shlex.join([*program, "train", str(folder / CONFIG), *resume])
-
-
-def _open_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
-    """Make the run's folder, or see that the one that is there is this run's."""
-    config, checkpoints = folder / CONFIG, folder / "checkpoints"
-    begun = has_checkpoints(checkpoints)
-    if begun and not resume:
-        raise ConfigError(f"{folder} holds a run already: go on with --resume, or choose another --output")
-    if resume and not begun and not config.is_file():  # one that died before its first checkpoint begins again
-        raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
-    if resume and config.is_file():
-        changed = _differences(strict_yaml.load_file(config)[0], _resolved(experiment))
-        refused = [key for key in changed if not any(f"{key}.".startswith(f"{may}.") for may in _MAY_CHANGE)]
-        if refused:
-            raise ConfigError(f"{config} is of another experiment, it differs in {', '.join(refused)}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = config.with_name(f".{CONFIG}")  # death amid the write must not cost the run its experiment
-        temporary.write_text(_as_yaml(experiment), encoding="utf-8")
-        temporary.replace(config)
-    except OSError as error:
-        raise ConfigError(f"{folder}: the run's folder cannot be written: {(error.strerror or '').lower()}") from None
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Key paths at which two nested mappings differ."""
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return [] if old == new else [path]
-    keys = sorted({*old, *new})
-    return [found for key in keys for found in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-
-
 def _first(dataset: Dataset, number: int) -> list[Example]:
     if len(dataset) < number:
         raise ConfigError(f"evaluation.num_examples is {number}, but data.held_out has only {len(dataset)} examples")
@@ -377,16 +317,6 @@ def _weight_files(experiment: Experiment) -> dict[str, Path]:
 def _console(*, quiet: bool = False) -> Console:
     """Lines are left whole, and what is not read on a terminal has room for tables."""
     return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, quiet=quiet)
-
-
-def _resolved(experiment: Experiment) -> dict[str, Any]:
-    """Everything an experiment says, secrets blotted out: this is what is shown and kept."""
-    resolved: dict[str, Any] = redact(experiment.model_dump(mode="json"))
-    return resolved
-
-
-def _as_yaml(experiment: Experiment) -> str:
-    return strict_yaml.dump(_resolved(experiment))
 
 
 def _count(policy: Policy) -> str:

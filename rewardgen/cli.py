@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from rewardgen.commands import cluster
+from rewardgen.commands.judge_options import judge_app
 from rewardgen.commands.options import (
     AsJson,
     CheckpointFolder,
@@ -31,6 +32,7 @@ from rewardgen.commands.options import (
     Size,
     Style,
 )
+from rewardgen.commands.reward import reward_app
 from rewardgen.errors import UserError
 
 HELP = """Reward-feedback training for image-customisation diffusion transformers.
@@ -50,14 +52,6 @@ Experiments name its parts as world:NAME.
 Examples:
   rewardgen world build --list
 """
-REWARD_HELP = """A reward of one's own: write one, check one.
-
-Experiments name it under `use:`, as ./file.py:Class or package.module:Class.
-
-Examples:
-  rewardgen reward new edge_sharpness
-  rewardgen reward check ./edge_sharpness.py:EdgeSharpness
-"""
 app = typer.Typer(
     name="rewardgen",
     help=HELP,
@@ -67,9 +61,9 @@ app = typer.Typer(
 )
 world_app = typer.Typer(help=WORLD_HELP, no_args_is_help=True)
 app.add_typer(world_app, name="world")
-reward_app = typer.Typer(help=REWARD_HELP, no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
 app.add_typer(cluster.jobs_app, name="jobs")
+app.add_typer(judge_app, name="judge")
 
 
 @app.command()
@@ -103,21 +97,55 @@ def train(
 
 
 @app.command()
-def check(experiment: ExperimentFile, overrides: Overrides = None, flavor: Flavor = None) -> None:
+def check(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    flavor: Flavor = None,
+    plan: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--plan/--no-plan",
+            help="Predict memory and time of a train step.",
+            show_default="if weights of the policy are not here",
+        ),
+    ] = None,
+    memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--memory", metavar="GB", help="Memory to fit into.", show_default="the device's, else 80"),
+    ] = None,
+) -> None:
     """Check an experiment without training: its keys, what it reads and whether that is here.
 
     Prints the experiment as it would run, and fetches nothing. Without --flavor
-    the other flavors are checked too.
+    the other flavors are checked too. A plan comes from shapes alone.
 
     Examples:
       rewardgen check experiments/uso_srl.yaml
       rewardgen check experiments/uso_srl.yaml --flavor flux-dev optimizer.lr=1e-5
+      rewardgen check experiments/uso_srl.yaml --flavor flux-dev --memory 48
     """
     from rewardgen import build, config
 
-    build.check(config.load_experiment(experiment, flavor, overrides or ()))
+    loaded = config.load_experiment(experiment, flavor, overrides or ())
+    build.check(loaded, plan=plan, device_bytes=memory and memory * 1e9)
     for other in config.flavors_of(experiment) if flavor is None else []:
         config.load_experiment(experiment, other, overrides or ())
+
+
+@app.command()
+def encode(experiment: ExperimentFile, overrides: Overrides = None, flavor: Flavor = None) -> None:
+    """Encode all prompts and pictures of an experiment's data ahead of training.
+
+    They go to the folder that policy.args.encodings names, for training to read.
+
+    Examples:
+      rewardgen encode experiments/uso_srl.yaml policy.args.encodings=encodings
+      rewardgen encode experiments/uso_srl.yaml --flavor flux-dev
+    """
+    from rewardgen import config
+    from rewardgen.commands import encode as command
+
+    command.run(config.load_experiment(experiment, flavor, overrides or ()))
 
 
 @app.command("eval")
@@ -304,58 +332,6 @@ def world_build(
     else:
         made = build.build_world(pieces or ())
         typer.echo(f"made: {', '.join(made) or 'nothing, all pieces are up to date'}")
-
-
-@reward_app.command("new")
-def reward_new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="In lower case, such as edge_sharpness.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for NAME.py.")] = Path("."),
-    function: Annotated[bool, typer.Option("--function", help="A plain function instead of a class.")] = False,
-) -> None:
-    """Write NAME.py: a whole reward to start from.
-
-    It passes `rewardgen reward check` as it stands.
-
-    Examples:
-      rewardgen reward new edge_sharpness
-      rewardgen reward new edge_sharpness --function --output rewards_of_mine
-    """
-    from rewardgen.reward_template import write_reward
-
-    path, symbol = write_reward(name, output, function=function)
-    use = f"{path if path.is_absolute() else f'./{path}'}:{symbol}"
-    typer.echo(f"wrote {path}")
-    typer.echo(f"check it:  rewardgen reward check {use}")
-    places = "evaluation.witnesses" if function else "objective.rewards or evaluation.witnesses"
-    typer.echo(f"use it:    {name}: {{use: {use}}}, under {places}")
-
-
-@reward_app.command("check")
-def reward_check(
-    use: Annotated[str, typer.Argument(metavar="REWARD", help="As under `use:`, such as ./mine.py:Mine.")],
-    args: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="NAME=VALUE", help="Its arguments, such as level=0.4.", show_default="none"),
-    ] = None,
-    data: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--data", metavar="FILE", help="JSON Lines file to take examples from.", show_default="made-up examples"
-        ),
-    ] = None,
-) -> None:
-    """Make a reward as an experiment would, and check that it keeps the contract.
-
-    One line for each promise kept; the first that is broken is the error.
-
-    Examples:
-      rewardgen reward check ./edge_sharpness.py:EdgeSharpness
-      rewardgen reward check csd checkpoint=csd.safetensors --data pairs.jsonl
-    """
-    from rewardgen.reward_check import check_spec
-
-    for line in check_spec(use, args or (), data):
-        typer.echo(f"ok: {line}")
 
 
 app.command()(cluster.submit)

@@ -36,6 +36,8 @@ _NAME = re.compile(r"[\w.\-]+")
 """Of a reward or witness: it becomes a key of reports, a column of tables and a part of overrides."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _LONGEST_FAULT = 500
+_WORDS = {"fleet": "pool"}
+"""Sections that a word may stand for, and the key it is the value of: `fleet: ray` is `fleet: {pool: ray}`."""
 
 
 class DataConfig(Settings):
@@ -88,13 +90,13 @@ def load_experiment(path: Path, flavor: str | None = None, overrides: Sequence[s
     """
     raw, lines = strict_yaml.load_file(path)
     flavors = _flavors(raw, path)
-    base = {key: value for key, value in raw.items() if key != "flavors"}
+    base = _spelled_out({key: value for key, value in raw.items() if key != "flavors"})
     chosen = flavor or (DEFAULT_FLAVOR if DEFAULT_FLAVOR in flavors else next(iter(flavors), None))
     if chosen is not None and chosen not in flavors:
         guess = nearest(chosen, flavors) or f" There are: {', '.join(flavors) or 'none'}."
         raise ConfigError(f"{path} has no flavor '{chosen}'.{guess}")
     changes = _parse_overrides(overrides)
-    merged = overlay(overlay(base, flavors.get(chosen, {}) if chosen else {}), changes)
+    merged = overlay(overlay(base, _spelled_out(flavors.get(chosen, {}) if chosen else {})), changes)
     experiment, faults = None, list(strict_yaml.unusable(merged))
     if not faults:
         experiment, faults = _validate(merged)
@@ -143,6 +145,11 @@ def _flavors(raw: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     return {name: changes or {} for name, changes in flavors.items()}
 
 
+def _spelled_out(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """With the sections that a word stands for written out."""
+    return {k: {_WORDS[k]: value} if k in _WORDS and isinstance(value, str) else value for k, value in tree.items()}
+
+
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for override in overrides:
@@ -154,6 +161,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if parts[0] == "flavors":
             raise ConfigError(f"override '{text}': choose a flavor with --flavor")
         value, _ = strict_yaml.load(written, f"override '{text}'")
+        if isinstance(value, str) and len(parts) == 1 and parts[0] in _WORDS:
+            parts.append(_WORDS[parts[0]])
         place = changes
         for part in parts[:-1]:
             place = place.setdefault(part, {})
@@ -313,12 +322,18 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
             objective.policy_gradient.check(experiment.rollout.num_steps)
         except ValueError as error:
             yield "objective.policy_gradient.window", str(error)
+        if experiment.rollout.buckets is not None:
+            yield "rollout.buckets", "samples (objective.policy_gradient) are drawn in one size; leave out one of both"
+        if experiment.fleet.pool != "inline":
+            yield "fleet.pool", "samples (objective.policy_gradient) are scored in the learner's process; use inline"
     if set(objective.rewards) & set(experiment.evaluation.witnesses):
         shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
         yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"
     if experiment.evaluation.grid_examples > experiment.evaluation.num_examples:
         shown, drawn = experiment.evaluation.grid_examples, experiment.evaluation.num_examples
         yield "evaluation.grid_examples", f"{shown} pictures cannot be shown of evaluation.num_examples = {drawn}"
+    if experiment.train.strategy == "fsdp" and (experiment.fleet.pool != "inline" or experiment.fleet.staleness):
+        yield "fleet", "a sharded model draws its own rollouts with its newest weights: pool inline, staleness 0"
     yield from _value_checks(experiment)
 
 

@@ -28,7 +28,7 @@ from rewardgen.base_policy import split_state
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
-from rewardgen.flow.window import WindowConfig, run_window
+from rewardgen.flow.window import WindowConfig, by_entry, run_window
 from rewardgen.gradients import TermSums, cosines, global_norm, norms, weighted_sum
 from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective
@@ -177,15 +177,18 @@ class Learner:
         """
         clock = Clock(device_of(self.policy))
         sums = TermSums()
-        merge = len(micro_batches) == 1 and not self.term_grad_norms
+        entries = max([1, *(len(batch.rollout.trajectory.kept_steps) for batch in micro_batches if batch.rollout)])
+        merge = len(micro_batches) == 1 and not self.term_grad_norms and entries == 1
         for batch, lessons in zip(micro_batches, replays, strict=True):
             # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
             seed_globals(derive_seed("micro_batch", step, *batch.seed_B))
             if self.objective.weight(FLOW_MATCHING, step) > 0:
                 with clock.phase("flow_matching"):
                     self._flow_matching(batch, sums)
-            if batch.rollout is not None:
-                self._rewards(batch.rollout, batch.image_size, sums, step=step, merge=merge, clock=clock)
+            if (rollout := batch.rollout) is not None:
+                for trajectory in by_entry(rollout.trajectory):
+                    entered = dataclasses.replace(rollout, trajectory=trajectory)
+                    self._rewards(entered, batch.image_size, sums, step=step, merge=merge, clock=clock)
             if self._replayer is not None and lessons:
                 self._count_scores(batch.samples, sums, step)
                 self._replayer.play(lessons, self._velocity_of(batch.image_size), sums, clock)

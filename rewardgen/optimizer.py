@@ -57,6 +57,8 @@ class Optimizer:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            # One kernel for all parameters; on the CPU torch's own choice, whose results runs there depend on.
+            fused=all(parameter.is_cuda for parameter in self._parameters.values()) or None,
         )
         self._average = {} if ema_decay is None else {name: _wide(p) for name, p in self._parameters.items()}
 
@@ -105,11 +107,12 @@ class Optimizer:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `state()`, from wholes in every process.
+        """Restore `state()`, from wholes in every process. A checkpoint may hold tensors of others (`published/`) too.
 
         Raises:
             CheckpointError: a tensor is missing, left over, or of another shape.
         """
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("published/")}
         expected = {f"trainable/{name}": p.shape for name, p in self._whole.items()}
         expected |= {f"average/{name}": self._whole[name].shape for name in self._average}
         # AdamW has no state before its first step.

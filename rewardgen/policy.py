@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -62,6 +62,10 @@ class Policy(nn.Module, ABC):
         """Recompute activations in the backward pass instead of storing them. Raises ConfigError where it cannot."""
         if enabled:
             raise ConfigError(f"{type(self).__name__} cannot recompute activations: leave gradient_checkpointing off")
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the model's repeated blocks with `torch.compile(**options)`. Raises ConfigError where it cannot."""
+        raise ConfigError(f"{type(self).__name__} has no blocks to compile: leave train.compile off")
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -241,7 +241,8 @@ class _Screen:
         rewards = [f"{name} {value:.4f}" for name, value in report.reward_means.items()]
         reason = "nothing to learn from" if math.isfinite(report.grad_norm) else "gradient not finite"
         skipped = [f"skipped: {reason}"] if report.skipped else []
-        return "  ".join([f"loss {report.loss:.4f}", *rewards, f"{seconds:.2f} s/step", *skipped])
+        fleet = _fleet(report.metrics)
+        return "  ".join([f"loss {report.loss:.4f}", *rewards, f"{seconds:.2f} s/step", *fleet, *skipped])
 
 
 def _door(name: Literal["wandb", "tensorboard"]) -> Callable[..., Any]:
@@ -259,6 +260,16 @@ def _door(name: Literal["wandb", "tensorboard"]) -> Callable[..., Any]:
     except ImportError as error:
         fix = "pip install 'rewardgen[wandb]'" if name == "wandb" else "pip install tensorboard"
         raise UserError(f"report.{name} is asked for, but {name} cannot be imported ({error}): {fix}") from None
+
+
+def _fleet(metrics: Mapping[str, float]) -> list[str]:
+    """The fleet in a few words, where there is one; what went wrong only where something did."""
+    if "fleet/workers" not in metrics:
+        return []
+    number, busy = metrics["fleet/workers"], metrics["fleet/busy_share"]
+    lost, retries = metrics["fleet/lost_workers"], metrics["fleet/retries"]
+    trouble = f", {lost:.0f} lost, {retries:.0f} retries" if lost or retries else ""
+    return [f"{number:.0f} workers {100 * busy:.0f} % busy, {metrics['fleet/queue_depth']:.0f} queued{trouble}"]
 
 
 def _run_id(folder: Path) -> str:

@@ -7,15 +7,14 @@ any other term, and a group of samples stays with the process that has the examp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import partial
 
-from rewardgen.fleet.pool import Handle, Pool
+from rewardgen.fleet.pool import Handle, Pool, then
 from rewardgen.flow.stochastic import noisy_steps
 from rewardgen.policy_gradient import GrpoConfig, NftConfig
 from rewardgen.rollout import RolloutConfig, Weights
-from rewardgen.seeds import derive_seed, seed_globals
+from rewardgen.seeds import derive_seed
 from rewardgen.types import Example, Rollout, RolloutRequest, Stochastic
 
 
@@ -74,34 +73,14 @@ def submit_samples(
         pool: replicas of `RolloutWorker`.
         scoring: replicas of `ScoringWorker`.
     """
-    futures = []
-    for request in requests:
-        # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
-        seed_globals(derive_seed("samples", *request.seed_B))
-        futures.append(_then(pool.submit("rollout", request, weights), partial(scoring.submit, "score")))
-    return futures
 
+    def judge(drawn: Handle[Rollout]) -> Future[Handle[Rollout]]:
+        return scoring.submit("score", drawn, about="the scores of samples")
 
-def _then(
-    first: Future[Handle[Rollout]], submit: Callable[[Handle[Rollout]], Future[Handle[Rollout]]]
-) -> Future[Handle[Rollout]]:
-    """What comes of a second call that takes the result of the first; an exception of either ends it."""
-    whole: Future[Handle[Rollout]] = Future()
-
-    def go_on(done: Future[Handle[Rollout]]) -> None:
-        try:
-            submit(done.result()).add_done_callback(finish)
-        except BaseException as error:
-            whole.set_exception(error)
-
-    def finish(done: Future[Handle[Rollout]]) -> None:
-        try:
-            whole.set_result(done.result())
-        except BaseException as error:
-            whole.set_exception(error)
-
-    first.add_done_callback(go_on)
-    return whole
+    return [
+        then(pool.submit("rollout", request, weights, about=f"samples of step {request.step}"), judge)
+        for request in requests
+    ]
 
 
 def _seeds(seed: int, step: int, generation: int, batch: Sequence[tuple[int, Example]]) -> tuple[int, ...]:

@@ -128,6 +128,10 @@ class ShardedPolicy(Policy):
         """See `Policy.decode`."""
         return self.inner.decode(latents_BLC, image_size)
 
+    def compile_blocks(self, **options: Any) -> None:
+        """See `Policy.compile_blocks`."""
+        self.inner.compile_blocks(**options)
+
     def enable_checkpointing(self, enabled: bool = True) -> None:
         """See `Policy.enable_checkpointing`."""
         self.inner.enable_checkpointing(enabled)

@@ -17,6 +17,8 @@ ASSETS = Path(__file__).resolve().parent / "world" / "assets"
 
 _HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[\w.-]+(/[\w.-]+)*)")
 _HUB_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NOT_READ = {"encodings", "cache_dir", "served_model"}
+"""Arguments that look like a source and are none: folders to be written, the name of a model on a server."""
 _FILE_ENDINGS = {".safetensors", ".json", ".jsonl", ".pt", ".pth", ".bin", ".ckpt", ".yaml", ".txt"}
 
 
@@ -41,7 +43,7 @@ def find_sources(args: Any, path: str) -> Iterator[Source]:
     """Yield every source named in (nested) plug-in arguments. Contacts no host: the hub's cache is looked into."""
     if isinstance(args, Mapping):
         for key, value in args.items():
-            if not is_secret(str(key)):
+            if not is_secret(str(key)) and key not in _NOT_READ:
                 yield from find_sources(value, f"{path}.{show(str(key))}")
     elif isinstance(args, list | tuple):
         for index, value in enumerate(args):
@@ -52,25 +54,29 @@ def find_sources(args: Any, path: str) -> Iterator[Source]:
             yield source
 
 
-def materialise(args: Any, path: str) -> Any:
+def materialise(args: Any, path: str, *, fetch: bool = True) -> Any:
     """Replace `world:NAME` and `owner/name:file` by paths on this machine, fetching hub files that are not here.
+
+    Args:
+        fetch: without it hub files that are not here stay as they are written.
 
     Raises:
         ConfigError: a bundled asset does not exist.
         CheckpointError: a hub file cannot be had.
     """
     if isinstance(args, Mapping):
+        kept = {key: value for key, value in args.items() if is_secret(str(key)) or key in _NOT_READ}
         return {
-            key: value if is_secret(str(key)) else materialise(value, f"{path}.{show(str(key))}")
+            key: kept[key] if key in kept else materialise(value, f"{path}.{show(str(key))}", fetch=fetch)
             for key, value in args.items()
         }
     if isinstance(args, list | tuple):
-        return [materialise(value, f"{path}.{index}") for index, value in enumerate(args)]
+        return [materialise(value, f"{path}.{index}", fetch=fetch) for index, value in enumerate(args)]
     source = _find(args, path) if isinstance(args, str) else None
     if source is None or source.kind in ("local", "hub repository"):
         return args
     if source.kind == "hub file" and source.location is None:
-        return str(_download(source))
+        return str(_download(source)) if fetch else args
     require(source)
     return str(source.location)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
+from rewardgen.batches import Batch, Batches, Dataset
 from rewardgen.checkpoint import (
     checkpoint_path,
     latest_checkpoint,
@@ -22,16 +24,21 @@ from rewardgen.checkpoint import (
 )
 from rewardgen.distributed import Strategy
 from rewardgen.errors import CheckpointError, ConfigError
-from rewardgen.fleet.pool import Pool
-from rewardgen.flow.window import draw_entry
+from rewardgen.fleet.pool import Handle, Pool
+from rewardgen.fleet.schedule import Ahead
 from rewardgen.interrupt import stop_signal
 from rewardgen.learner import Learner, MicroBatch
 from rewardgen.measure import Clock
-from rewardgen.rollout import Precision, RolloutConfig, device_of
+from rewardgen.rollout import Precision, RolloutConfig, Weights, device_of
 from rewardgen.samples import sample_requests, submit_samples
-from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.settings import Settings
-from rewardgen.types import Example, Rollout, RolloutRequest, StepReport
+from rewardgen.types import Rollout, RolloutRequest, StepReport
+
+__all__ = ["Dataset", "Outcome", "StepReporter", "TrainConfig", "Trainer", "choose_device"]
+
+
+def _is_off(value: object) -> bool:
+    return value is False
 
 
 class TrainConfig(Settings):
@@ -69,6 +76,8 @@ class TrainConfig(Settings):
     """Probability that a flow-matching example loses its content references (0.25 in USO's joint training)."""
     style_dropout: float = Field(default=0.0, ge=0, le=1)
     """Probability that a flow-matching example loses its style references (0.25 in USO's joint training)."""
+    compile: bool = Field(default=False, exclude_if=_is_off)
+    """Compile the policy's repeated blocks (`torch.compile`): faster steps after minutes of compiling at the start."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`."""
 
@@ -77,16 +86,6 @@ class TrainConfig(Settings):
         if self.keep_best and self.keep_best_metric is None:
             raise ValueError(f"keep_best is {self.keep_best}, but keep_best_metric does not say by which metric")
         return self
-
-
-class Dataset(Protocol):
-    """Examples by position."""
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def __getitem__(self, index: int, /) -> Example:
-        """The example at an index in [0, len)."""
 
 
 class StepReporter(Protocol):
@@ -121,6 +120,7 @@ class Trainer:
         rollout: how pictures are drawn.
         config: length, batches, safety.
         seed: the run's seed.
+        staleness: updates by which the weights of a rollout lag behind, and batches drawn ahead (see `Ahead`).
         folder: checkpoints go to `folder/checkpoints`.
         reporter: gets each step's report.
         evaluate: called with the number of completed steps, every `evaluate_every` steps; returns the metrics' means.
@@ -136,30 +136,36 @@ class Trainer:
         rollout: RolloutConfig,
         config: TrainConfig,
         seed: int,
+        staleness: int = 0,
         folder: Path,
         reporter: StepReporter,
         evaluate: Callable[[int], Mapping[str, float]] | None = None,
         evaluate_every: int = 0,
         scoring: Pool | None = None,
     ) -> None:
-        if len(dataset) == 0:
-            raise ConfigError("data.train has no examples")
         self.learner = learner
         self.processes = learner.processes
         if learner.objective.sampled and scoring is None:
             raise ConfigError(f"nobody scores the samples for {sorted(learner.objective.sampled)}: pass scoring=")
         self.pool = pool
         self.scoring = scoring
-        self.dataset = dataset
-        self.rollout = rollout
+        self.batches = Batches(dataset, rollout=rollout, config=config, seed=seed, processes=self.processes)
         self.config = config
-        self.seed = seed
         self.checkpoints = folder / "checkpoints"
         self.completed_steps = 0
         self._reporter = reporter
         self._evaluate = evaluate
         self._evaluate_every = evaluate_every
         self._best: dict[int, dict[str, float]] = {}
+        self._ahead = Ahead(
+            put=lambda weights: self.pool.put(weights),
+            plan=self.batches.plan,
+            needs_weights=self._needs_weights,
+            submit=self._submit,
+            publish=learner.publish,
+            staleness=staleness,
+            num_steps=config.num_steps,
+        )
 
     def run(self) -> Outcome:
         """Train to `config.num_steps`, from step 0 or from where `resume` left off.
@@ -187,91 +193,62 @@ class Trainer:
 
     def step(self, step: int) -> StepReport:
         """Run one optimizer step and return its report."""
-        seed_globals(derive_seed(self.seed, "globals", step))
         clock = Clock(device_of(self.learner.policy))
-        with clock.phase("data"):
-            batches = self._examples(step)
+        pending = self._ahead.ask(step, clock)
         with clock.phase("rollout"):
-            rollouts = self._rollouts(step, batches)
-            samples = self._samples(step, batches)
-        micro_batches = [
-            MicroBatch(
-                examples=[self._drop(example, step, place) for place, example in batch],
-                seed_B=[derive_seed(self.seed, "flow_matching", step, example.id, place) for place, example in batch],
-                image_size=self.rollout.image_size,
-                rollout=rollout,
-                samples=drawn,
-            )
-            for batch, rollout, drawn in zip(batches, rollouts, samples, strict=True)
-        ]
-        report = self.learner.step(micro_batches, step=step)
-        return dataclasses.replace(report, seconds_by_phase=clock.seconds_by_phase | dict(report.seconds_by_phase))
+            drawn: list[Rollout] = [future.result().get() for future in pending.futures]
+        figures = self._figures(drawn)
+        report = self.learner.step(self._micro_batches(pending.batch, drawn), step=step)
+        return dataclasses.replace(
+            report,
+            policy_version=drawn[0].policy_version if drawn else report.policy_version,
+            seconds_by_phase=clock.seconds_by_phase | dict(report.seconds_by_phase),
+            metrics=dict(report.metrics) | figures,
+        )
 
-    def _examples(self, step: int) -> list[list[tuple[int, Example]]]:
-        """This process's micro-batches of the step: (place in the batch of all processes, example).
+    def _needs_weights(self, step: int) -> bool:
+        objective = self.learner.objective
+        return objective.needs_rollout(step) or bool(objective.active_samples(step))
 
-        Each epoch is a permutation of the data, and each process has the places after those of the one before it.
-        """
-        size, share = len(self.dataset), self.config.batch_size * self.config.accumulation
-        chosen = []
-        for place in range(self.processes.rank * share, (self.processes.rank + 1) * share):
-            epoch, position = divmod(step * share * self.processes.size + place, size)
-            chosen.append((place, self.dataset[_permutation(derive_seed(self.seed, "order", epoch), size)[position]]))
-        return [chosen[i : i + self.config.batch_size] for i in range(0, share, self.config.batch_size)]
+    def _submit(self, batch: Batch, weights: Handle[Weights]) -> list[Future[Handle[Any]]]:
+        """Ask for everything that is drawn for a batch: a prefix for each micro-batch, then the samples of each."""
+        objective, futures = self.learner.objective, []
+        if objective.needs_rollout(batch.step):
+            futures = [
+                self.pool.submit("rollout", request, weights, about=f"the rollout of {_name(request)}")
+                for request in self.batches.requests(batch)
+            ]
+        config = objective.config.policy_gradient
+        if config is not None and self.scoring is not None and objective.active_samples(batch.step):
+            rollout, seed = self.batches.rollout, self.batches.seed
+            for micro_batch in batch.micro_batches:
+                requests = sample_requests(micro_batch, config, rollout, step=batch.step, seed=seed)
+                futures += submit_samples(requests, weights, pool=self.pool, scoring=self.scoring)
+        return futures
 
-    def _rollouts(self, step: int, batches: list[list[tuple[int, Example]]]) -> list[Rollout] | list[None]:
-        """Draw the prefixes for the reward terms; fresh noise, full conditions, one entry step for the whole batch."""
-        if not self.learner.objective.needs_rollout(step):
-            return [None] * len(batches)
-        num_steps = self.rollout.num_steps
-        entry_step = draw_entry(self.rollout.window, num_steps, derive_seed(self.seed, "entry_step", step))
-        weights = self.pool.put(self.learner.publish())
-        requests = [
-            RolloutRequest(
-                step=step,
-                examples=[example for _, example in batch],
-                seed_B=tuple(derive_seed(self.seed, "rollout", step, example.id, place) for place, example in batch),
-                image_size=self.rollout.image_size,
-                num_steps=num_steps,
-                stop_step=entry_step,
-            )
-            for batch in batches
-        ]
-        futures = []
-        for request in requests:
-            # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
-            seed_globals(derive_seed("rollout", *request.seed_B))
-            futures.append(self.pool.submit("rollout", request, weights))
-        return [future.result().get() for future in futures]
+    def _micro_batches(self, batch: Batch, drawn: Sequence[Rollout]) -> list[MicroBatch]:
+        """What the learner gets, from what `_submit` asked for, in that order."""
+        number = len(batch.micro_batches)
+        prefixes = number if self.learner.objective.needs_rollout(batch.step) else 0
+        samples, size = drawn[prefixes:], (len(drawn) - prefixes) // number
+        made = self.batches.micro_batches(batch, drawn[:prefixes])
+        if not samples:
+            return made
+        return [dataclasses.replace(m, samples=samples[i * size : (i + 1) * size]) for i, m in enumerate(made)]
 
-    def _samples(self, step: int, batches: list[list[tuple[int, Example]]]) -> list[list[Rollout]]:
-        """Draw and score the samples of each micro-batch, for rewards that are learned from through them."""
-        config = self.learner.objective.config.policy_gradient
-        if config is None or self.scoring is None or not self.learner.objective.active_samples(step):
-            return [[] for _ in batches]
-        weights = self.pool.put(self.learner.publish())
-        drawn = []
-        for batch in batches:
-            requests = sample_requests(batch, config, self.rollout, step=step, seed=self.seed)
-            drawn.append(submit_samples(requests, weights, pool=self.pool, scoring=self.scoring))
-        return [[future.result().get() for future in futures] for futures in drawn]
-
-    def _drop(self, example: Example, step: int, place: int) -> Example:
-        """Dropout of conditions for the flow-matching term."""
-        seed = derive_seed(self.seed, "dropout", step, example.id, place)
-        prompt, content, style = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
-        changes: dict[str, Any] = {}
-        if prompt < self.config.prompt_dropout:
-            changes |= {"prompt": ""}
-        if content < self.config.content_dropout:
-            changes |= {"content_refs": (), "correspondences": ()}
-        if style < self.config.style_dropout:
-            changes |= {"style_refs": ()}
-        return dataclasses.replace(example, **changes)
+    def _figures(self, drawn: Sequence[Rollout]) -> dict[str, float]:
+        """The fleet's figures, and by how many updates what was drawn lags behind where it may."""
+        figures = {f"fleet/{name}": value for name, value in self.pool.figures().items()}
+        if drawn and self._ahead.staleness:
+            figures["fleet/staleness"] = float(self.learner.version - drawn[0].policy_version)
+        return figures
 
     def save(self) -> Path:
         """Write a checkpoint of everything and remove old ones. All processes call it, the first one writes."""
         tensors, state = self.learner.state()
+        published = self._ahead.published()
+        for number, weights in published.items():
+            tensors |= {f"published/{number}/{name}": tensor for name, tensor in weights.tensors.items()}
         if not self.processes.is_first:
             self.processes.exchange("a checkpoint")
             return checkpoint_path(self.checkpoints, self.completed_steps)
@@ -283,6 +260,7 @@ class Trainer:
                 "completed_steps": self.completed_steps,
                 "run": self._identity(),
                 "learner": state,
+                "published": {str(number): weights.version for number, weights in published.items()},
                 "best": {str(step): means for step, means in self._best.items()},
             },
         )
@@ -306,8 +284,10 @@ class Trainer:
             found = state.get("run", {}).get(key)
             if found != value:
                 raise CheckpointError(f"{path} was made with {key} = {found}, this run has {value}: it cannot go on")
+        published = _published(tensors, state.get("published", {}))
         self.learner.load_state(tensors, state["learner"])
         self.completed_steps = int(state["completed_steps"])
+        self._ahead.restore(self.completed_steps, published)
         best = {int(step): dict(means) for step, means in state.get("best", {}).items()}
         # One that is gone must not keep another from being among the best. The one just read may lie under another
         # name: its writer died while it replaced it.
@@ -339,9 +319,8 @@ class Trainer:
         return any(self.processes.exchange("the next step", flag))
 
     def _identity(self) -> dict[str, int]:
-        """What the order of the data depends on: with another one the run would not be the same run."""
-        whole = self.config.batch_size * self.config.accumulation * self.processes.size
-        return {"seed": self.seed, "number of examples": len(self.dataset), "examples in a step": whole}
+        """What the run's numbers depend on besides its experiment: with another one it would not be the same run."""
+        return self.batches.identity() | {"staleness": self._ahead.staleness}
 
 
 def choose_device(name: str) -> torch.device:
@@ -365,7 +344,16 @@ def _due(completed_steps: int, every: int) -> bool:
     return every > 0 and completed_steps % every == 0
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, size: int) -> list[int]:
-    order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
+def _name(request: RolloutRequest) -> str:
+    return f"step {request.step}, examples {', '.join(example.id for example in request.examples)}"
+
+
+def _published(tensors: dict[str, Tensor], versions: Mapping[str, int]) -> dict[int, Weights]:
+    """Take the weights that a checkpoint keeps for rollouts out of its tensors."""
+    found = {}
+    for number, version in versions.items():
+        prefix = f"published/{number}/"
+        names = [key for key in tensors if key.startswith(prefix)]
+        weights = {key.removeprefix(prefix): tensors.pop(key) for key in names}
+        found[int(number)] = Weights(version=version, tensors=weights)
+    return found

@@ -80,7 +80,9 @@ class Trajectory:
         entry_BLC: latents at the entry step.
         seed_B: the seed of each sample's initial noise.
         stochastic: the steps that drew noise of their own, None where all followed the ODE.
-        steps_SBLC: [S + 1, B, L, C] states from before the first stochastic step to after the last, else None.
+        steps_SBLC: stored states when asked for, else None: those before `kept_steps`, or, of stochastic steps,
+            [S + 1, B, L, C] from before the first to after the last.
+        kept_steps: the steps that those states stand before, in their order; none with stochastic steps.
         log_prob_BS: float64, log-density of each stochastic step under the weights that drew it, else None.
     """
 
@@ -90,6 +92,7 @@ class Trajectory:
     seed_B: tuple[int, ...]
     stochastic: Stochastic | None = None
     steps_SBLC: Tensor | None = None
+    kept_steps: tuple[int, ...] = ()
     log_prob_BS: Tensor | None = None
 
     @property
@@ -126,6 +129,7 @@ class RolloutRequest:
         decode: also decode the final latents into pixels (needs `stop_step == num_steps`).
         stochastic: steps that draw noise of their own; all of them must lie before `stop_step`.
         group_B: group of each example, see `Rollout`.
+        keep_steps: keep the states before these steps too, each at most `stop_step`; not with stochastic steps.
     """
 
     step: int
@@ -137,6 +141,7 @@ class RolloutRequest:
     decode: bool = False
     stochastic: Stochastic | None = None
     group_B: tuple[int, ...] = ()
+    keep_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

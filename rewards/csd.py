@@ -18,7 +18,14 @@ from rewardgen.errors import CheckpointError
 from rewardgen.reward import Reward
 from rewardgen.rewards.cache import TensorCache, digest
 from rewardgen.rewards.clip_vit import ClipVit
-from rewardgen.rewards.loading import check_tensors, read_tensors, size_of, without_prefix
+from rewardgen.rewards.loading import (
+    check_tensors,
+    is_safetensors,
+    read_shapes,
+    read_tensors,
+    size_of,
+    without_prefix,
+)
 from rewardgen.rewards.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
@@ -100,6 +107,18 @@ class CsdReward(Reward):
     def from_pretrained(cls, checkpoint: str, *, heads: int | None = None, round_8bit: bool = False) -> CsdReward:
         """Read a checkpoint with `load_csd`; `heads` only for files that state none and break CLIP's convention."""
         return cls(load_csd(checkpoint, heads=heads), round_8bit=round_8bit)
+
+    @classmethod
+    def blueprint(cls, checkpoint: str, *, heads: int | None = None, round_8bit: bool = False) -> CsdReward:
+        """A reward of the right sizes whose weights mean nothing; those of the release where the file is not here."""
+        path = Path(checkpoint)
+        if not path.is_file():
+            return cls(CsdModel(CsdConfig()), round_8bit=round_8bit)
+        if not is_safetensors("CSD checkpoint", path):
+            return cls(CsdModel(load_csd(path, heads=heads).config), round_8bit=round_8bit)
+        tensors, metadata = read_shapes("CSD checkpoint", path)
+        config = _infer_config(tensors, _choose_heads(heads, _stated_heads(metadata, path), path), path)
+        return cls(CsdModel(config), round_8bit=round_8bit)
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         style_BD = self.embed(pixels_B3HW)

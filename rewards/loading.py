@@ -37,17 +37,32 @@ def read_tensors(
         CheckpointError: the file is missing, damaged or holds code, or no tensors by name.
     """
     path = Path(os.path.expanduser(path))
+    if is_safetensors(what, path):
+        return _read_safetensors(what, path)
+    return _read_torch(what, path, under, plain), {}
+
+
+def is_safetensors(what: str, path: Path) -> bool:
+    """Whether a file is one of safetensors. Raises CheckpointError where it is missing or cannot be read."""
     try:
         if not path.is_file():
             raise CheckpointError(f"{what} {path} {'is no file' if path.exists() else 'does not exist'}")
         with path.open("rb") as file:
             # A safetensors file starts with the length of its JSON header in 8 bytes.
-            is_safetensors = file.read(9)[8:] == b"{"
+            return file.read(9)[8:] == b"{"
     except OSError as error:
         raise CheckpointError(f"{what} {path} cannot be read: {error.strerror}") from error
-    if is_safetensors:
-        return _read_safetensors(what, path)
-    return _read_torch(what, path, under, plain), {}
+
+
+def read_shapes(what: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_tensors` of a safetensors file, but only the shapes: the tensors lie on the meta device."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{what} {path} is damaged: {error}") from error
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, metadata
 
 
 def check_tensors(

@@ -289,3 +289,19 @@ def test_the_commit_is_of_the_projects_own_checkout(tmp_path: Path) -> None:
     assert manifest._git(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
     (tmp_path / "site-packages").mkdir()
     assert manifest._git(tmp_path / "site-packages") is None, "the package lies within somebody else's repository"
+
+
+def test_the_console_tells_of_the_fleet_and_of_losses_where_there_were_any(tmp_path: Path) -> None:
+    figures = {"workers": 8.0, "queue_depth": 3.0, "retries": 0.0, "lost_workers": 0.0, "busy_share": 0.5}
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    config = ReportConfig(tensorboard=False, log_every=1)
+    with Reporter(tmp_path, config, num_steps=3, console=console) as reporter:
+        reporter.step(report_of(0))
+        reporter.step(report_of(1, metrics={f"fleet/{name}": value for name, value in figures.items()}))
+        lost = figures | {"lost_workers": 2.0, "retries": 1.0}
+        reporter.step(report_of(2, metrics={f"fleet/{name}": value for name, value in lost.items()}))
+    first, second, third = shown.getvalue().splitlines()
+    assert "workers" not in first
+    assert second.endswith("8 workers 50 % busy, 3 queued")
+    assert third.endswith("8 workers 50 % busy, 3 queued, 2 lost, 1 retries")

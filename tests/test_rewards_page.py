@@ -37,4 +37,6 @@ def test_the_arguments_shown_fit_their_rewards_and_name_their_sources() -> None:
         "brightness",
         "identity",
         "matching",
+        "vlm_judge",
+        "vlm_judge_local",
     }

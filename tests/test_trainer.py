@@ -180,7 +180,7 @@ def test_nothing_is_drawn_before_the_first_reward_starts(tmp_path: Path, monkeyp
     assert [step[0].rollout is not None for step in seen] == [False, False, True, True]
     assert [report.entry_step is None for report in reports] == [True, True, False, False]
     assert [set(report.terms) for report in reports][1:3] == [{"flow_matching"}, {"flow_matching", "style"}]
-    assert {"data", "rollout", "flow_matching", "window", "decode", "score", "backward", "optimizer"} == set(
+    assert {"data", "weights", "rollout", "flow_matching", "window", "decode", "score", "backward", "optimizer"} == set(
         reports[-1].seconds_by_phase
     )
 

@@ -10,9 +10,9 @@ from typing import TextIO
 
 from torch import Tensor
 
-from rewardgen.build import CONFIG
 from rewardgen.data.images import load_image
 from rewardgen.errors import ConfigError
+from rewardgen.run_folder import CONFIG
 from rewardgen.types import Example
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import rewardgen
 from rewardgen import sources, strict_yaml
-from rewardgen.build import CONFIG
 from rewardgen.checkpoint import STATE, latest_checkpoint, load_checkpoint
 from rewardgen.errors import CheckpointError, ConfigError, nearest
+from rewardgen.run_folder import CONFIG
 
 CARD = "README.md"
 WEIGHTS = {"ema": "average/", "trained": "trainable/"}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -44,30 +48,70 @@ def load_image(path: Path) -> Tensor:
     Raises:
         ImageError: the file is missing, truncated, no picture, or larger than `MAX_PIXELS`; names the path.
     """
-    try:
+    with _told(str(path)), path.open("rb") as file:
         # A file and not its path: Pillow maps paths into memory, and then forgets to turn greyscale TIFFs.
-        with path.open("rb") as file, Image.open(file, formats=_readable()) as picture:
-            width, height = picture.size
-            if not width or not height:
-                raise ImageError(f"{path}: the picture is empty, {width} x {height} pixels")
-            if width * height > MAX_PIXELS:
-                raise ImageError(f"{path}: {width} x {height} pixels is more than the limit of {MAX_PIXELS:,}")
-            picture.seek(0)
-            picture.load()
-            return _to_tensor(_upright(picture))
+        return _read(file, str(path))
+
+
+def decode_image(content: bytes, name: str) -> Tensor:
+    """As `load_image`, from a file's bytes; `name` stands for the path in messages."""
+    with _told(name):
+        return _read(io.BytesIO(content), name)
+
+
+def picture_size(file: BinaryIO, name: str) -> tuple[int, int]:
+    """(height, width) of a picture as `load_image` gives it, from the head of its file. Raises ImageError."""
+    with _told(name), Image.open(file, formats=_readable()) as picture:
+        width, height = picture.size
+        return (width, height) if _orientation(picture) >= 5 else (height, width)
+
+
+def fit(image_3HW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring a picture [3, H, W] to (height, width): it is resized to cover the size (LANCZOS), then its centre is cut.
+
+    In 8 bits, as pictures are stored. One that has the size already comes back as it is.
+    """
+    height, width = size
+    if tuple(image_3HW.shape[1:]) == size:
+        return image_3HW
+    scale = max(height / image_3HW.shape[1], width / image_3HW.shape[2])
+    rows, columns = (max(least, round(side * scale)) for side, least in zip(image_3HW.shape[1:], size, strict=True))
+    levels = (image_3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    resized = Image.fromarray(levels).resize((columns, rows), resample=Image.Resampling.LANCZOS)
+    left, top = (columns - width) // 2, (rows - height) // 2
+    return _to_tensor(resized.crop((left, top, left + width, top + height)))
+
+
+def _read(file: BinaryIO, name: str) -> Tensor:
+    with Image.open(file, formats=_readable()) as picture:
+        width, height = picture.size
+        if not width or not height:
+            raise ImageError(f"{name}: the picture is empty, {width} x {height} pixels")
+        if width * height > MAX_PIXELS:
+            raise ImageError(f"{name}: {width} x {height} pixels is more than the limit of {MAX_PIXELS:,}")
+        picture.seek(0)
+        picture.load()
+        return _to_tensor(_upright(picture))
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Whatever goes wrong with a picture becomes an ImageError that names it."""
+    try:
+        yield
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{path}: there is no such picture") from None
+        raise ImageError(f"{name}: there is no such picture") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path}: not a picture of a kind that is read: {', '.join(KINDS)}") from None
+        raise ImageError(f"{name}: not a picture of a kind that is read: {', '.join(KINDS)}") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{path}: more pixels than the limit of {MAX_PIXELS:,}") from None
+        raise ImageError(f"{name}: more pixels than the limit of {MAX_PIXELS:,}") from None
     except Exception as error:
         # Decoders meet damage with whatever their arithmetic runs into: KeyError, struct.error, OverflowError.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = " ".join(reason.split()) or type(error).__name__
-        raise ImageError(f"{path}: the picture cannot be read: {reason[:1].lower() + reason[1:]}") from None
+        raise ImageError(f"{name}: the picture cannot be read: {reason[:1].lower() + reason[1:]}") from None
 
 
 def _readable() -> list[str]:
@@ -75,11 +119,17 @@ def _readable() -> list[str]:
     return [kind for kind in KINDS if kind in Image.OPEN]
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's number for how the camera was held, 1 where it says nothing that counts."""
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # as above; the pixels are whole, and viewers show such a picture too
         orientation = None
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    orientation = _orientation(picture)
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewardgen.data.images import load_image
+from rewardgen.data.images import ImageError, load_image, picture_size
 from rewardgen.errors import UserError, nearest
 from rewardgen.strict_yaml import show
 from rewardgen.types import Example
@@ -60,6 +60,17 @@ class JsonlDataset:
         refs = {_LISTS[key]: tuple(load_image(path) for path in paths) for key, paths in row.refs.items()}
         target = load_image(row.target) if row.target else None
         return Example(id=row.id, prompt=row.prompt, target=target, extras=row.extras, **refs)
+
+    def target_size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of the target at `index` without decoding it, None where there is none."""
+        target = self._rows[index].target
+        if target is None:
+            return None
+        try:
+            with target.open("rb") as file:
+                return picture_size(file, str(target))
+        except OSError as error:
+            raise ImageError(f"{target}: cannot be read: {(error.strerror or str(error)).lower()}") from None
 
 
 def _read(path: Path) -> list[_Row]:

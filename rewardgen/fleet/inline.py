@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, TypeVar
 
-from rewardgen.fleet.pool import Handle
+from rewardgen.fleet.payload import pack, unpack
+from rewardgen.fleet.pool import Handle, Here
 
 T = TypeVar("T")
 
 
-def _same(value: T) -> T:
-    return value
-
-
 class InlinePool:
-    """Runs each call at once. The worker may share its policy with the learner, so nothing is copied.
+    """Runs each call at once.
 
     An exception of the worker is delivered by the future, as every pool does.
+
+    Args:
+        worker: called by method name; it may share its policy with the learner.
+        copies: `put` copies tensors, as every other pool does. Without it they are the live ones, which is right, and
+            free, as long as nothing that was put is used after the next update.
     """
 
     size = 1
 
-    def __init__(self, worker: object) -> None:
+    def __init__(self, worker: object, *, copies: bool = False) -> None:
         self.worker = worker
+        self._copies = copies
         self._closed = False
 
     def put(self, value: T) -> Handle[T]:
         """See `Pool.put`."""
-        return Handle(partial(_same, value))
+        return Here(unpack(pack(value)) if self._copies else value)
 
-    def submit(self, method: str, *args: Any) -> Future[Handle[Any]]:
+    def submit(self, method: str, *args: Any, about: str = "") -> Future[Handle[Any]]:
         """See `Pool.submit`."""
         if self._closed:
             raise RuntimeError("the pool is closed")
         future: Future[Handle[Any]] = Future()
         values = [arg.get() if isinstance(arg, Handle) else arg for arg in args]
         try:
-            future.set_result(self.put(getattr(self.worker, method)(*values)))
+            future.set_result(Here(getattr(self.worker, method)(*values)))
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def figures(self) -> Mapping[str, float]:
+        """None: all there is to say is the time of the rollouts, which the step reports."""
+        return {}
 
     def close(self) -> None:
         """See `Pool.close`."""

@@ -2,36 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rewardgen.settings import Settings
+from rewardgen.errors import UserError
+from rewardgen.settings import SparseSettings
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
-class FleetConfig(Settings):
-    """Where rollouts are drawn."""
+class FleetError(UserError):
+    """The fleet cannot do what it was asked for: no worker came up, or a request cost every worker that tried it."""
 
-    pool: Literal["inline"] = "inline"
-    """`inline`: in the learner's own process, sharing its policy."""
-    staleness: int = Field(default=0, ge=0, le=0)
-    """How many updates the weights of a rollout may lag behind; inline rollouts always use the newest."""
+
+class FleetConfig(SparseSettings):
+    """Where rollouts are drawn. In an experiment the word alone, `fleet: ray`, stands for `fleet: {pool: ray}`."""
+
+    sparse: ClassVar[frozenset[str]] = frozenset(
+        {"workers", "min_workers", "address", "cpus_per_worker", "gpus_per_worker", "threads_per_worker"}
+        | {"deadline_seconds", "max_tries", "start_timeout_seconds"}
+    )
+
+    pool: Literal["inline", "ray"] = "inline"
+    """`inline`: in the learner's own process, sharing its policy. `ray`: by workers on a Ray cluster, each with a
+    policy of its own; needs the extra `rewardgen[ray]`."""
+    staleness: int = Field(default=0, ge=0)
+    """Updates by which the weights of a rollout lag behind: batch k is drawn with the weights after max(0, k - this)
+    updates, always. It is also how many batches are drawn ahead while the learner works."""
+    workers: int = Field(default=1, ge=1)
+    """Ray: number of workers."""
+    min_workers: int | None = Field(default=None, ge=0)
+    """Ray: workers that the cluster must have room for at the start; the others join when it grows. Null: all."""
+    address: str | None = None
+    """Ray: the cluster's address, as `host:6379` or `auto`. Null takes RAY_ADDRESS, or else starts Ray on this machine
+    for the length of the run."""
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    """Ray: CPUs that each worker reserves."""
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    """Ray: GPUs that each worker reserves. Null: one where the learner has a GPU, else none."""
+    threads_per_worker: int | None = Field(default=None, ge=1)
+    """Ray: torch's threads in each worker. Null: as many as the learner has; other numbers may round otherwise."""
+    deadline_seconds: float = Field(default=1800.0, gt=0)
+    """Ray: a worker that has not answered after so long is killed, and another one asked."""
+    max_tries: int = Field(default=3, ge=1)
+    """Ray: workers that one request may cost before the run stops with an error that names it."""
+    start_timeout_seconds: float = Field(default=900.0, gt=0)
+    """Ray: how long there may be no worker at all before the run stops."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.address or "").startswith("ray://"):
+            raise ValueError("address: a learner is part of its cluster and does not use Ray Client; give host:6379")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than workers, which is {self.workers}")
+        return self
+
+
+class Handle(ABC, Generic[T]):
+    """A value that is somewhere: here, or on another machine until `get` is called."""
+
+    @abstractmethod
+    def get(self) -> T:
+        """Bring the value here. Not for callbacks of a future: it may wait."""
 
 
 @dataclass(frozen=True, slots=True)
-class Handle(Generic[T]):
-    """A value that is somewhere: here, or on another node until `get` is called."""
+class Here(Handle[T]):
+    """A value in this process."""
 
-    fetch: Callable[[], T]
+    value: T
 
     def get(self) -> T:
-        """Bring the value here."""
-        return self.fetch()
+        """See `Handle.get`."""
+        return self.value
 
 
 class Pool(Protocol):
@@ -44,8 +93,44 @@ class Pool(Protocol):
     def put(self, value: T) -> Handle[T]:
         """Make a value available to all replicas once; pass the handle to `submit` in its place."""
 
-    def submit(self, method: str, *args: Any) -> Future[Handle[Any]]:
-        """Call `worker.method(*args)` on some replica, handles among the arguments replaced by their values."""
+    def submit(self, method: str, *args: Any, about: str = "") -> Future[Handle[Any]]:
+        """Call `worker.method(*args)` on some replica, handles among the arguments replaced by their values.
+
+        A handle may be of another pool; its value then goes from worker to worker.
+
+        Args:
+            method: name of the worker's method.
+            args: what it gets; tensors arrive as copies.
+            about: what an error message calls the request.
+        """
+
+    def figures(self) -> Mapping[str, float]:
+        """What there is to say about the pool since the last call: workers, queue depth, retries, throughput."""
 
     def close(self) -> None:
         """Stop the replicas. Pending futures are cancelled."""
+
+
+def then(future: Future[T], submit: Callable[[T], Future[S]]) -> Future[S]:
+    """The future of what `submit` makes of a future's result: `then(drawn, lambda h: judges.submit("score", h))`."""
+    outcome: Future[S] = Future()
+    outcome.set_running_or_notify_cancel()
+
+    def pass_on(done: Future[S]) -> None:
+        if done.cancelled():
+            outcome.set_exception(FleetError("the pool was closed before the request was done"))
+        elif (error := done.exception()) is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(done.result())
+
+    def go_on(done: Future[T]) -> None:
+        try:
+            following = submit(done.result())
+        except BaseException as error:
+            outcome.set_exception(error)
+        else:
+            following.add_done_callback(pass_on)
+
+    future.add_done_callback(go_on)
+    return outcome

@@ -6,6 +6,8 @@ step of the window, hence also the number of steps taken without gradient.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Literal, Self
 
 import torch
@@ -75,6 +77,33 @@ def draw_entry(window: WindowConfig, num_steps: int, seed: int) -> int:
     """Draw the entry step, uniformly over the window's bounds, from `seed` alone."""
     low, high = window.entry_bounds(num_steps)
     return int(torch.randint(low, high + 1, (), generator=torch.Generator().manual_seed(seed)))
+
+
+def draw_entries(window: WindowConfig, num_steps: int, seeds: Sequence[int]) -> tuple[int, ...]:
+    """Draw one entry step for each seed, all different, in the order of the seeds.
+
+    The first is `draw_entry`'s. Each further one is uniform over those that are left.
+
+    Raises:
+        ValueError: fewer entry steps than seeds.
+    """
+    low, high = window.entry_bounds(num_steps)
+    if high - low + 1 < len(seeds):
+        raise ValueError(f"{len(seeds)} entry steps are asked for, but the window has only {high - low + 1}")
+    left = list(range(low, high + 1))
+    drawn = []
+    for seed in seeds:
+        drawn.append(left.pop(int(torch.randint(0, len(left), (), generator=torch.Generator().manual_seed(seed)))))
+    return tuple(drawn)
+
+
+def by_entry(trajectory: Trajectory) -> Iterator[Trajectory]:
+    """A trajectory for each state that a prefix kept, entered there; without kept states the trajectory itself."""
+    if trajectory.steps_SBLC is None:
+        yield trajectory
+        return
+    for entry, state_BLC in zip(trajectory.kept_steps, trajectory.steps_SBLC, strict=True):
+        yield dataclasses.replace(trajectory, entry_step=entry, entry_BLC=state_BLC, steps_SBLC=None, kept_steps=())
 
 
 def run_window(velocity: VelocityFn, trajectory: Trajectory, window: WindowConfig, *, enable_grad: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -25,11 +26,17 @@ from rewardgen.rewards.hpsv2 import Hpsv2Reward
 from rewardgen.rewards.identity import IdentityReward
 from rewardgen.rewards.image_processor import ImageProcessor
 from rewardgen.rewards.image_reward import BlipScorer, ImageReward
+from rewardgen.rewards.judging.local import LocalModel
+from rewardgen.rewards.judging.questions import load_question
 from rewardgen.rewards.matching import MatchingReward
 from rewardgen.rewards.pickscore import PickScoreReward
 from rewardgen.rewards.picture_encoder import PictureEncoder
 from rewardgen.rewards.structure import StructureReward
+from rewardgen.rewards.vlm_judge import VlmJudge
+from rewardgen.rewards.vlm_judge_local import LocalVlmJudge
+from rewardgen.world.tiny_vlm import tiny_llava
 from tests import toy_reward_models as toys
+from tests.judge_servers import JudgeServer
 from tests.toy_faces import CROP, TwoPlaces, tiny_iresnet
 
 
@@ -64,6 +71,17 @@ def tiny_image_reward() -> ImageReward:
     return ImageReward(blip, toys.bert_tokenizer(), ImageProcessor(short_side=toys.SIDE, crop=(toys.SIDE, toys.SIDE)))
 
 
+@functools.cache
+def judge_server() -> JudgeServer:
+    """One for all tests; its thread ends with the process."""
+    return JudgeServer().__enter__()
+
+
+def tiny_local_judge() -> LocalVlmJudge:
+    sizes = {"vision_width": 24, "vision_layers": 2, "text_width": 24, "text_layers": 2}
+    return LocalVlmJudge(LocalModel(*tiny_llava(image_size=32, **sizes), load_question("style")))
+
+
 TINY: dict[str, Callable[[], Reward]] = {
     "aesthetic": tiny_aesthetic,
     "brightness": Brightness,
@@ -79,6 +97,8 @@ TINY: dict[str, Callable[[], Reward]] = {
     "matching": lambda: MatchingReward(tiny_faces()),
     "matching, options": lambda: MatchingReward(tiny_faces(), normalise="matches", floor=0.0, miss=0.5, extra=0.5),
     "pickscore": lambda: PickScoreReward(tiny_clip()),
+    "vlm_judge": lambda: VlmJudge("style", (judge_server().url,), "tiny"),
+    "vlm_judge_local": tiny_local_judge,
 }
 """Rewards with tiny random weights, by the file's name; variants after a comma."""
 

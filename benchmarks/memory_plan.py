@@ -1,0 +1,121 @@
+"""The memory plan against what is measured: bytes alive at once in a train step, predicted from shapes and counted.
+
+    python benchmarks/memory_plan.py [--write] [overrides ...]      # the bundled tiny experiment, on the CPU
+
+The prediction runs the step on tensors without memory. The measurement runs the trainer on real ones: its second step,
+since AdamW has no state before the first, with nothing encoded before. Both count storages as they come and go
+(`rewardgen.measure.LiveBytes`); what allocators and libraries hold besides is in neither. Aim: within 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a caller that is no neighbour
+
+import cells as shared
+
+from rewardgen import build
+from rewardgen.config import Experiment
+from rewardgen.fleet.inline import InlinePool
+from rewardgen.measure import LiveBytes
+from rewardgen.memory_plan import Plan, plan
+from rewardgen.rollout import RolloutWorker
+from rewardgen.trainer import Trainer
+from rewardgen.types import StepReport
+
+CASES: dict[str, tuple[str, ...]] = {
+    "SRL": (),
+    "with checkpointed blocks": ("train.gradient_checkpointing=true",),
+    "draft, last 2 steps": ("rollout.window={kind: draft, k: 2}",),
+    "bf16 base": ("train.precision=bf16", "policy.args.base_dtype=bf16"),
+}
+TOLERANCE = 0.1
+
+
+class Silent:
+    """A reporter that keeps nothing."""
+
+    def step(self, report: StepReport) -> None:
+        pass
+
+
+def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def measured(experiment: Experiment) -> int:
+    """Most bytes alive at once in the second step, models and optimizer included."""
+    parts = build.assemble(experiment)
+    learner = parts.learner
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            learner,
+            InlinePool(RolloutWorker(parts.policy, precision=experiment.train.precision)),
+            parts.train_data,
+            rollout=experiment.rollout,
+            config=experiment.train,
+            seed=experiment.seed,
+            folder=Path(folder),
+            reporter=Silent(),
+        )
+        trainer.step(0)
+        resident = [*tensors_of(parts.policy, *learner.objective.rewards.values()), *learner.state()[0].values()]
+        with LiveBytes(resident) as live:
+            trainer.step(1)
+    return live.peak
+
+
+def experiment_of(overrides: Sequence[str]) -> Experiment:
+    """The bundled experiment with one micro-batch of 4 and the longest window at every step."""
+    small = ["train.batch_size=4", "data.train.args.size=16", "evaluation.grid_examples=0", "rollout.num_steps=6"]
+    window = [] if any("window=" in override for override in overrides) else ["rollout.window.entry_range=[3, 3]"]
+    return shared.load(0, [*small, *window, *overrides], examples=1)
+
+
+def compare(overrides: Sequence[str]) -> dict[str, Any]:
+    experiment = experiment_of(overrides)
+    predicted: Plan = plan(experiment)
+    found = measured(experiment)
+    return {"predicted": predicted.peak, "measured": found, "ratio": predicted.peak / found}
+
+
+def render(rows: dict[str, dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    lines = [shared.line(["a train step", "predicted, MB", "measured, MB", "ratio"]), "|" + "---|" * 4]
+    for name, row in rows.items():
+        sizes = [f"{row[key] / 1e6:.1f}" for key in ("predicted", "measured")]
+        lines.append(shared.line([name, *sizes, f"{row['ratio']:.3f}"]))
+    met = all(abs(row["ratio"] - 1) <= TOLERANCE for row in rows.values())
+    note = (
+        f"Tensors alive at once, models included, torch {torch.__version__} on the CPU. Aim: within"
+        f" {100 * TOLERANCE:.0f} %: **{'met' if met else 'not met'}**."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/memory_plan.{json,md}")
+    parser.add_argument("overrides", nargs="*", help="of the experiment, for every row")
+    arguments = parser.parse_args()
+    rows = {name: compare([*changes, *arguments.overrides]) for name, changes in CASES.items()}
+    print(render(rows))
+    if arguments.write:
+        (shared.RESULTS / "memory_plan.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (shared.RESULTS / "memory_plan.md").write_text(render(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Examples from Hugging Face datasets: of the hub, in local folders, or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from rewardgen.data.images import decode_image, load_image
+from rewardgen.data.jsonl import DatasetError
+from rewardgen.errors import nearest
+from rewardgen.types import Example
+
+_REFERENCES = {"content": "content_refs", "style": "style_refs", "identity": "identity_refs"}
+
+
+class HuggingFaceDataset:
+    """Rows of a dataset with columns for prompt, references and target, decoded when they are asked for.
+
+    A column of pictures holds what `datasets` calls an `Image`, a list of them, or paths. Columns of the default names
+    may be absent; one that is named must be there. A row is named after the `id` column, else after its number.
+
+    Args:
+        path: hub id, folder written by `save_to_disk`, or folder that `load_dataset` reads (Parquet, JSON, pictures).
+        name: configuration of the dataset.
+        split: its split.
+        revision: commit, tag or branch on the hub.
+        prompt, content, style, identity, target, id: names of the columns; null leaves that field empty.
+        limit: use the first `limit` rows only.
+
+    Raises:
+        DatasetError: `datasets` is not installed, or there is no such dataset, split or column.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        prompt: str | None = "prompt",
+        content: str | None = "content",
+        style: str | None = "style",
+        identity: str | None = "identity",
+        target: str | None = "target",
+        id: str | None = "id",
+        limit: int | None = None,
+    ) -> None:
+        columns = {"prompt": prompt, "content": content, "style": style, "identity": identity}
+        columns |= {"target": target, "id": id}
+        self._take(_load(path, name, split, revision), path, columns, limit)
+
+    @classmethod
+    def from_dataset(cls, rows: Any, **columns: str | None) -> Self:
+        """Examples of a `datasets.Dataset` in memory; `columns` as in the constructor."""
+        self = cls.__new__(cls)
+        defaults = {key: key for key in ("prompt", *_REFERENCES, "target", "id")}
+        self._take(rows, "the dataset", defaults | columns, None)
+        return self
+
+    def _take(self, rows: Any, place: str, columns: Mapping[str, str | None], limit: int | None) -> None:
+        there = list(rows.column_names)
+        for key, column in columns.items():
+            if column is not None and column != key and column not in there:
+                hint = nearest(column, there) or f" There are: {', '.join(there)}."
+                raise DatasetError(f"{place}: {key}: there is no column '{column}'.{hint}")
+        if limit is not None and limit < 1:
+            raise DatasetError(f"{place}: limit: {limit} rows; at least 1 is needed")
+        self._columns = {key: column for key, column in columns.items() if column in there}
+        if not self._columns.keys() - {"id"}:
+            raise DatasetError(f"{place}: none of its columns is known: {', '.join(there)}; name them in `args`")
+        # As Arrow holds them: pictures stay bytes, for our own reader turns, checks and names what it reads.
+        self._rows = rows.select(range(min(limit or len(rows), len(rows)))).with_format("arrow")
+        if not len(self._rows):
+            raise DatasetError(f"{place}: the dataset has no rows")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """The example of row `index`. Raises ImageError or DatasetError for what cannot be read."""
+        row = self._rows[int(index) : int(index) + 1].to_pylist()[0]
+        found = {key: row[column] for key, column in self._columns.items()}
+        name = str(found["id"]) if found.get("id") not in (None, "") else f"{index:06d}"
+        target = found.get("target")
+        references: dict[str, Any] = {
+            field: tuple(_picture(value, f"row {name}: {self._columns[key]}") for value in _as_list(found.get(key)))
+            for key, field in _REFERENCES.items()
+        }
+        return Example(
+            id=name,
+            prompt=found.get("prompt") or "",
+            target=None if target is None else _picture(target, f"row {name}: {self._columns['target']}"),
+            **references,
+        )
+
+
+def _load(path: str, name: str | None, split: str, revision: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DatasetError("Hugging Face datasets need `datasets`: pip install 'rewardgen[hub]'") from None
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(str(folder))
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise DatasetError(f"{path}: there is no split '{split}'.{nearest(split, found)}")
+                found = found[split]
+            return found
+        # Never code from a repository: `datasets` reads data files alone from version 4 on.
+        return datasets.load_dataset(str(folder) if folder.is_dir() else path, name, split=split, revision=revision)
+    except DatasetError:
+        raise
+    except Exception as error:
+        # The library raises what its file formats, the hub and the network raise.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DatasetError(f"{path}: the dataset cannot be loaded: {reason}") from None
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _picture(value: Any, place: str) -> Tensor:
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        return decode_image(value["bytes"], place)
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(path, str):
+        return load_image(Path(path))
+    raise DatasetError(f"{place}: a {type(value).__name__} is no picture")

@@ -1,0 +1,130 @@
+"""Running real code on tensors that have a shape and a place but no memory, and counting what it would take.
+
+torch's fake tensors carry shapes through every operation, also backwards and under autocast. What they cannot do is
+answer for values; here those answers are made up, so that code which looks at its numbers runs to its end.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rewardgen.errors import ConfigError
+from rewardgen.measure import LiveBytes, OperationCounter
+
+
+class Observer(TorchDispatchMode):
+    """Counts bytes and operations. One mode for both: each costs as much as the operations themselves."""
+
+    def __init__(self, resident: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.memory, self._counter = LiveBytes(resident), OperationCounter()
+
+    def take_operations(self) -> int:
+        """Operations since this was last asked."""
+        total, self._counter.total = self._counter.total, 0
+        return total
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = _answer(func, args, kwargs or {})
+        self.memory.see(result)
+        self._counter.count(func, args, kwargs or {}, result)
+        return result
+
+
+class _Answers(TorchDispatchMode):
+    """Only answers, see `_answer`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _answer(func, args, kwargs or {})
+
+
+_ATEN = torch.ops.aten
+
+
+def _answer(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives. Code asks for values that are not there: numbers are 1, flags are up, masks choose
+    everything; but `any` finds nothing, since it is asked about what is wrong."""
+    if func is _ATEN._local_scalar_dense.default:
+        if args[0].dtype == torch.bool:
+            return not hasattr(args[0], "_of_any")
+        return 1.0 if args[0].is_floating_point() else 1
+    if func is _ATEN.equal.default:
+        return True
+    if func is _ATEN.index.Tensor:
+        args = (args[0], [_all(index) if index is not None else None for index in args[1]])
+    result = func(*args, **kwargs)
+    if func.overloadpacket is _ATEN.any:
+        result._of_any = True
+    return result
+
+
+def _all(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    if mask.dim() != 1:
+        raise ConfigError("a mask of several dimensions chooses values, which a plan cannot follow")
+    return torch.arange(len(mask), device=mask.device)
+
+
+def _black(tensor: Tensor) -> Any:
+    """Pictures that leave torch for NumPy or Pillow leave it black."""
+    import numpy as np
+
+    return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
+
+@contextmanager
+def dry() -> Iterator[None]:
+    """Tensors made within have no memory. What functions remembered within is forgotten."""
+    _forget()
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            _Answers(),  # type: ignore[no-untyped-call]
+            mock.patch.object(Tensor, "numpy", _black),
+            mock.patch.object(nn.Module, "_apply", _apply),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of addresses that mean nothing here
+            yield
+    finally:
+        logging.disable(quiet)
+        _forget()
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module.to` and its kin. torch's own way puts new memory under a parameter, which these have none of."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = change(parameter)
+            if changed is not parameter:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
+def _forget() -> None:
+    for thing in gc.get_objects():
+        if type(thing) is functools._lru_cache_wrapper:
+            package = (getattr(thing, "__module__", None) or "").partition(".")[0]
+            if package not in sys.stdlib_module_names and package not in ("torch", "transformers"):
+                thing.cache_clear()

@@ -1,0 +1,102 @@
+"""Hugging Face datasets: in memory, from folders, with columns of any name; and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from rewardgen.data.huggingface import HuggingFaceDataset
+from rewardgen.data.images import ImageError
+from rewardgen.data.jsonl import DatasetError
+
+
+def colour(value: int) -> Image.Image:
+    return Image.new("RGB", (4, 6), (value, 0, 0))
+
+
+@pytest.fixture
+def rows() -> Any:
+    return datasets.Dataset.from_dict(
+        {
+            "prompt": ["a", None, "c"],
+            "content": [colour(1), colour(2), None],
+            "style": [[colour(3), colour(4)], [], [colour(5)]],
+            "target": [colour(6), None, colour(7)],
+            "stars": [1, 2, 3],
+        },
+        features=datasets.Features(
+            {
+                "prompt": datasets.Value("string"),
+                "content": datasets.Image(),
+                "style": datasets.List(datasets.Image()),
+                "target": datasets.Image(),
+                "stars": datasets.Value("int32"),
+            }
+        ),
+    )
+
+
+def levels(pictures: tuple[torch.Tensor, ...]) -> list[int]:
+    return [round(float(picture[0].mean()) * 255) for picture in pictures]
+
+
+def check(data: HuggingFaceDataset) -> None:
+    first, second, third = (data[index] for index in range(3))
+    assert (first.id, first.prompt, levels(first.content_refs), levels(first.style_refs)) == (
+        "000000",
+        "a",
+        [1],
+        [3, 4],
+    )
+    assert first.target is not None
+    assert first.target.shape == (3, 6, 4)
+    assert first.target.dtype == torch.float32
+    assert (second.prompt, levels(second.content_refs), second.style_refs, second.target) == ("", [2], (), None)
+    assert (third.content_refs, levels(third.style_refs)) == ((), [5])
+
+
+def test_in_memory(rows: Any) -> None:
+    check(HuggingFaceDataset.from_dataset(rows))
+    named = HuggingFaceDataset.from_dataset(rows, id="stars", content="target", target=None)
+    assert (named[1].id, named[0].target, levels(named[0].content_refs)) == ("2", None, [6])
+
+
+def test_local_folders(rows: Any, tmp_path: Path) -> None:
+    rows.save_to_disk(str(tmp_path / "saved"))
+    check(HuggingFaceDataset(str(tmp_path / "saved")))
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "both"))
+    check(HuggingFaceDataset(str(tmp_path / "both")))
+    with pytest.raises(DatasetError, match=r"no split 'trian'\. Did you mean 'train'"):
+        HuggingFaceDataset(str(tmp_path / "both"), split="trian")
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(str(tmp_path / "parquet" / "train.parquet"))
+    found = HuggingFaceDataset(str(tmp_path / "parquet"), limit=3)
+    check(found)
+    assert len(found) == 3
+
+
+def test_faults_are_told_in_one_line(rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DatasetError, match=r"content: there is no column 'contnt'\. Did you mean 'content'"):
+        HuggingFaceDataset.from_dataset(rows, content="contnt")
+    with pytest.raises(DatasetError, match="none of its columns is known: stars"):
+        HuggingFaceDataset.from_dataset(rows.select_columns(["stars"]))
+    with pytest.raises(DatasetError, match="row 000000: stars: a int is no picture"):
+        HuggingFaceDataset.from_dataset(rows, target="stars")[0]
+    with pytest.raises(DatasetError, match="the dataset has no rows"):
+        HuggingFaceDataset.from_dataset(rows.select([]))
+    bad = datasets.Dataset.from_dict({"target": [{"bytes": b"no picture", "path": None}]})
+    with pytest.raises(ImageError, match="row 000000: target"):
+        HuggingFaceDataset.from_dataset(bad)[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="empty: the dataset cannot be loaded") as caught:
+        HuggingFaceDataset(str(tmp_path / "empty"))
+    assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DatasetError, match=r"pip install 'rewardgen\[hub\]'"):
+        HuggingFaceDataset(str(tmp_path / "empty"))

@@ -1,0 +1,176 @@
+"""The memory plan: its counter against arithmetic, and predicted bytes against counted ones at toy size."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import memory_plan as benchmark
+
+from rewardgen import strict_yaml
+from rewardgen.config import Experiment, load_experiment
+from rewardgen.dry_run import dry
+from rewardgen.errors import UserError
+from rewardgen.measure import LiveBytes, OperationCounter
+from rewardgen.memory_plan import Plan, plan, render
+from rewardgen.policies import shapes
+from rewardgen.types import Example, Score
+from tests.test_cli import TOY
+from tests.toys import ToyPolicy, ToyReward
+
+EXPERIMENT = Path(__file__).resolve().parent.parent / "experiments" / "uso_srl.yaml"
+KB = 4 * 256
+
+
+def test_live_bytes_come_and_go() -> None:
+    kept = torch.zeros(256)
+    with LiveBytes([kept]) as live:
+        assert live.live == KB
+        a = torch.zeros(4, 256)
+        view = a[1:]
+        b = a + 1
+        assert live.live == 9 * KB
+        del b
+        assert live.live == 5 * KB
+        del a  # its view still holds the storage
+        assert live.live == 5 * KB
+        del view
+        assert live.live == KB
+        assert live.peak == 9 * KB
+        live.reset_peak()
+        assert live.peak == KB
+        kept.add_(1)
+        assert live.peak == KB
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_live_bytes_see_backward_passes_and_recomputation(fake: bool, again: bool) -> None:
+    """A chain of products and sigmoids: what each segment keeps is its sigmoid's result, and recomputed, nothing."""
+    size, number = 64 * 64 * 4, 6
+
+    def segment(x: Tensor, weight: Tensor) -> Tensor:
+        return ((x @ weight).sigmoid() @ weight).sigmoid()
+
+    with FakeTensorMode() if fake else nullcontext():
+        weights = [torch.zeros(64, 64, requires_grad=True) for _ in range(number)]
+        x = torch.zeros(64, 64)
+        with LiveBytes([x, *weights]) as live:
+            y = x
+            for weight in weights:
+                y = checkpoint(segment, y, weight, use_reentrant=False) if again else segment(y, weight)
+            loss = y.sum()
+            kept = number if again else 2 * number
+            assert live.live == pytest.approx((1 + number + kept) * size, abs=64)
+            gradients = torch.autograd.grad(loss, weights)
+            assert live.peak >= (1 + number + kept + 2) * size
+            del loss, y
+            assert live.live == pytest.approx((1 + 2 * number) * size, abs=64)
+    assert len(gradients) == number
+
+
+def test_operations_of_products() -> None:
+    with OperationCounter() as counter:
+        torch.zeros(3, 5) @ torch.zeros(5, 7)
+        nn.functional.conv2d(torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3), padding=1)
+    assert counter.total == 2 * 3 * 5 * 7 + 2 * 2 * 3 * 4 * 9 * 64
+
+
+@lru_cache(maxsize=1)
+def _remembered() -> Tensor:
+    return torch.zeros(3)
+
+
+def test_nothing_of_a_dry_run_stays() -> None:
+    with dry():
+        assert isinstance(_remembered(), FakeTensor)
+        assert torch.zeros(2).tolist() == [1.0, 1.0]
+        assert bool(torch.zeros(2, dtype=torch.bool).all())
+        assert not bool(torch.ones(2).isnan().any())
+        assert torch.rand(5)[torch.zeros(5, dtype=torch.bool)].shape == (5,)
+        assert float(torch.zeros(4).numpy().sum()) == 0
+    assert not isinstance(_remembered(), FakeTensor)
+    assert nn.Linear(2, 2).to(torch.float64).weight.dtype == torch.float64
+    assert torch.ones(2).numpy().sum() == 2
+
+
+@pytest.mark.parametrize("case", ["SRL", "with checkpointed blocks"])
+def test_prediction_agrees_with_measurement(case: str) -> None:
+    row = benchmark.compare(benchmark.CASES[case])
+    assert row["ratio"] == pytest.approx(1, abs=benchmark.TOLERANCE)
+    assert case in benchmark.render({case: row})
+
+
+def test_plan_of_parts_that_are_not_here() -> None:
+    """Full width, few blocks: what is told stands on shapes alone, and no file is read."""
+    overrides = [
+        *("policy.args.base=black-forest-labs/FLUX.1-dev", "policy.args.base_dtype=bf16"),
+        *("policy.args.encodings=nowhere", "policy.args.lora_rank=16"),
+        *(f"policy.args.{name}=null" for name in ("siglip", "projector", "lora")),
+        "rollout.image_size=[64, 64]",
+        "train.batch_size=1",
+        "objective.rewards.style.args.checkpoint=nowhere.pth",
+    ]
+    experiment = load_experiment(EXPERIMENT, "tiny", overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        few = {**shapes._DEV, "transformer": {**shapes.FLUX, "num_layers": 1, "num_single_layers": 1}}
+        few["text_encoder_2"] = {**shapes.T5_XXL, "num_layers": 1}
+        patch.setattr(shapes, "RELEASED", {"black-forest-labs/FLUX.1-dev": few})
+        with pytest.raises(UserError, match="no `siglip`"):
+            plan(experiment)
+        patch.setattr("rewardgen.memory_plan._example", without_style)
+        found = plan(experiment)
+    assert not any("text_encoder" in part or "siglip" in part for part in found.resident)
+    assert found.resident["transformer, frozen"] == pytest.approx(2 * 588e6, rel=0.2)
+    assert found.encoding_peak > found.resident["transformer, frozen"] + 2 * 300e6  # a block and embeddings of T5
+    assert found.peak > sum(found.resident.values()) + found.gradients
+
+
+def without_style(index: int, image_size: tuple[int, int]) -> Example:
+    content, target = (torch.zeros(3, *image_size) for _ in range(2))
+    return Example(id=str(index), prompt="a picture", content_refs=(content,), target=target)
+
+
+def test_it_says_whether_it_fits() -> None:
+    found = Plan(
+        resident={"transformer, frozen": int(24e9)},
+        gradients=int(2e9),
+        peak=int(60e9),
+        encoding_peak=int(70e9),
+        operations=4e15,
+        encoding_operations=1e12,
+        assumed=("one reference",),
+    )
+    text = "\n".join(render(found, device_bytes=80e9, rate=4e14))
+    assert "24.000 GB" in text
+    assert "34.000 GB" in text  # activations: what is left of the peak
+    assert "it fits into 80 GB" in text
+    assert "10 s at an assumed 400 TFLOP/s" in text
+    assert "not measured" in text
+    assert "WILL NOT FIT into 70 GB" in "\n".join(render(found, device_bytes=70e9))
+
+
+def test_a_step_that_needs_its_numbers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stubborn(self: ToyReward, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+        raise KeyError("no face in a black picture")
+
+    experiment = Experiment.model_validate(strict_yaml.load(TOY, "toy.yaml")[0])
+    monkeypatch.setattr(ToyReward, "score", stubborn)
+    with pytest.raises(UserError, match="cannot be planned from shapes alone: 'no face"):
+        plan(experiment)
+    monkeypatch.undo()
+    found = plan(experiment)
+    assert found.resident["trained parameters"] == sum(4 * p.numel() for p in ToyPolicy(4).trainable().values())
+    assert found.gradients == 2 * found.resident["trained parameters"]
+    assert "reward style" in found.resident
