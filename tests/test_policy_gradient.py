@@ -395,17 +395,20 @@ class Reports(list[StepReport]):
         self.append(report)
 
 
-def trainer_in(folder: Path, settings: dict[str, Any], *, batch_size: int = 2, num_steps: int = 3) -> Trainer:
+def trainer_in(
+    folder: Path, settings: dict[str, Any], *, batch_size: int = 2, num_steps: int = 3, staleness: int = 0
+) -> Trainer:
     rewards: dict[str, Reward] = {"style": ToyReward(), "judge": ToyJudge(fail_ids=["toy-002"])}
     learner = make(settings, rewards, fm_weight=0.5, ema_decay=0.9)
     config = {"num_steps": num_steps, "batch_size": batch_size, "accumulation": 4 // batch_size, "checkpoint_every": 0}
     return Trainer(
         learner,
-        InlinePool(RolloutWorker(learner.policy)),
+        InlinePool(RolloutWorker(learner.policy, colocated=True), copies=staleness > 0),
         ToyDataset(7),
         rollout=ROLLOUT,
         config=TrainConfig.model_validate(config),
         seed=0,
+        staleness=staleness,
         folder=folder,
         reporter=Reports(),
         scoring=InlinePool(ScoringWorker(learner.objective.sampled)),
@@ -430,6 +433,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings: dict[str, Any], tm
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
     assert state == other
     assert state["version"] == 6
+
+
+def test_samples_drawn_ahead_are_of_older_weights_and_survive_a_resumption(tmp_path: Path) -> None:
+    reports = Reports()
+    whole = trainer_in(tmp_path / "whole", GRPO, staleness=1)
+    whole._reporter = reports
+    whole.run()
+    away = [report.metrics["policy_gradient/ratio_distance"] for report in reports]
+    assert away[0] == 0.0
+    assert min(away[1:]) > 0.0
+    assert [report.metrics["fleet/staleness"] for report in reports] == [0, 1, 1]
+    trainer_in(tmp_path / "part", GRPO, num_steps=2, staleness=1).run()
+    resumed = trainer_in(tmp_path / "part", GRPO, staleness=1)
+    assert resumed.resume() == 2
+    resumed.run()
+    for name, tensor in whole.learner.state()[0].items():
+        assert torch.equal(resumed.learner.state()[0][name], tensor)
 
 
 @BOTH
@@ -588,6 +608,8 @@ def test_an_experiment_says_what_cannot_be_before_anything_is_read() -> None:
         ),
         ("objective.policy_gradient.epsilom=0.1", r"policy_gradient\.epsilom.*unknown key.*epsilon"),
         ("objective.policy_gradient.kind=ppo", "policy_gradient"),
+        ("rollout.buckets=[[64, 64], [32, 64]]", "rollout.buckets.*drawn in one size"),
+        ("fleet=ray", "fleet.pool.*scored in the learner's process"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_experiment(EXPERIMENT, None, [override])
