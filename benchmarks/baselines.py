@@ -11,10 +11,12 @@ smaller), and 1 more where it computes activations again. So a step costs, for e
     flow matching   1 + 2
     refl            (mean of entry_range) + 1 + 2
     draft           (num_steps - k) + k (1 + 2)
+    samples         N (num_steps + S (1 + 2)), S + S where the base is asked too; N drawn, S places learned from in each
 
-and best of N costs, before its training, N * num_steps for each example drawn. The budget is that of the SRL arm; the
-other arms get the number of steps that comes nearest to it. Entry steps enter with their mean, not as a seed drew
-them. Not counted: encoders, autoencoder, rewards, optimizer and the evaluation on held-out pairs.
+(all but drawing and the base's pass as often as there are updates on the same samples), and best of N costs, before its
+training, N * num_steps for each example drawn. The budget is that of the SRL arm; the other arms get the number of
+steps that comes nearest to it. Entry steps enter with their mean, not as a seed drew them. Not counted: encoders,
+autoencoder, rewards, optimizer and the evaluation on held-out pairs.
 
 All arms have the experiment's own settings, which were chosen for SRL; only what an arm is named after differs.
 A schedule of the learning rate is stretched with the number of steps.
@@ -37,8 +39,10 @@ import cells as shared
 import srl_table
 from cells import METRICS, SEEDS, key_of
 
+from rewardgen import plugins
 from rewardgen.config import Experiment
-from rewardgen.objective import FLOW_MATCHING, FlowMatchingConfig, TermConfig
+from rewardgen.objective import FLOW_MATCHING, FlowMatchingConfig, TermConfig, learns_from_samples
+from rewardgen.policy_gradient import GrpoConfig, NftConfig
 
 CELLS = shared.RESULTS / "baselines"
 TABLE = shared.RESULTS / "baselines.md"
@@ -103,18 +107,35 @@ def step_evaluations(experiment: Experiment, step: int) -> float:
     pictures, backward = train.batch_size * train.accumulation, 2 + train.gradient_checkpointing
     terms: dict[str, FlowMatchingConfig | TermConfig] = {FLOW_MATCHING: objective.flow_matching, **objective.rewards}
     active = {name for name, term in terms.items() if term.weight > 0 and step >= term.start_step}
+    sampled: set[str] = set()
+    drawn, updates = 0.0, 1
+    if objective.policy_gradient is not None:
+        reward_of = {name: plugins.resolve("rewards", term.use) for name, term in objective.rewards.items()}
+        sampled = {name for name, term in objective.rewards.items() if learns_from_samples(term, reward_of[name])}
+    if active & sampled and objective.policy_gradient is not None:
+        drawn, updates = _sample_evaluations(objective.policy_gradient, experiment.rollout.num_steps, backward)
     cost = 0.0
     if FLOW_MATCHING in active:
-        cost += 1 + backward
-    rewards = len(active - {FLOW_MATCHING})
+        cost += updates * (1 + backward)
+    rewards = len(active - sampled - {FLOW_MATCHING})
     if rewards:
         entry = sum(window.entry_bounds(experiment.rollout.num_steps)) / 2
         chained = window.kind != "refl"
         length = experiment.rollout.num_steps - entry if chained else 1
         # Rewards share a backward pass through the policy only where their gradients need not be told apart.
         passes = rewards if train.term_grad_norms or train.accumulation > 1 else 1
-        cost += entry + length * (1 + passes * (backward + (chained and window.checkpoint_steps)))
-    return pictures * cost
+        cost += entry + updates * length * (1 + passes * (backward + (chained and window.checkpoint_steps)))
+    return pictures * (cost + drawn)
+
+
+def _sample_evaluations(config: GrpoConfig | NftConfig, num_steps: int, backward: int) -> tuple[float, int]:
+    """What the samples of one example cost in a step, and the number of updates on them."""
+    if isinstance(config, GrpoConfig):
+        places = config.window.size if config.window else num_steps - 1
+    else:
+        places = config.times_per_sample
+    learned = places * (config.num_iterations * (1 + backward) + (config.beta > 0))
+    return config.num_generations * (num_steps + learned), config.num_iterations
 
 
 def plan(arm: str, seed: int, overrides: Sequence[str] = ()) -> Plan:
@@ -151,7 +172,7 @@ def run_cell(cell: Plan, runs: Path) -> None:
     experiment = cell.experiment
     drawn: dict[str, Any] = {}
     if cell.drawing:
-        data, drawn = draw(cell, cell.drawing, folder.with_name(f"{folder.name}-data"))
+        data, drawn = draw(experiment, cell.seed, cell.drawing, folder.with_name(f"{folder.name}-data"))
         source = {"use": "jsonl", "args": {"path": str(data)}}
         experiment = Experiment.model_validate(
             experiment.model_dump() | {"data": experiment.data.model_dump() | {"train": source}}
@@ -161,19 +182,18 @@ def run_cell(cell: Plan, runs: Path) -> None:
     shared.write(cell.path, found)
 
 
-def draw(cell: Plan, drawing: Drawing, folder: Path) -> tuple[Path, dict[str, Any]]:
+def draw(experiment: Experiment, seed: int, drawing: Drawing, folder: Path) -> tuple[Path, dict[str, Any]]:
     """Draw with the base, keep the best, write them as a dataset; returns its file and what is worth telling."""
     from rewardgen import build
     from rewardgen.curation.best_of_n import best_of_n, save_choices
 
-    experiment = cell.experiment
     parts = build.assemble(experiment)
     choices = best_of_n(
         parts.policy,
         parts.metrics["style"],
         [parts.train_data[index] for index in range(drawing.num_examples)],
         n=drawing.n,
-        seed=cell.seed,
+        seed=seed,
         image_size=experiment.rollout.image_size,
         num_steps=experiment.rollout.num_steps,
         batch_size=experiment.train.batch_size,

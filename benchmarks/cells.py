@@ -25,10 +25,10 @@ SAVING = ("checkpoint_every", "keep_last", "keep_best", "keep_best_metric", "dev
 """Settings of a training that change none of its numbers."""
 
 
-def load(seed: int, overrides: Sequence[str] = (), examples: int = 200) -> Experiment:
-    """The bundled experiment on more held-out pairs, with what a cell changes."""
+def load(seed: int, overrides: Sequence[str] = (), examples: int = 200, path: Path = EXPERIMENT) -> Experiment:
+    """A bundled experiment on more held-out pairs, with what a cell changes."""
     common = [f"seed={seed}", f"evaluation.num_examples={examples}", "report.tensorboard=false"]
-    return load_experiment(EXPERIMENT, "tiny", [*common, *overrides])
+    return load_experiment(path, "tiny", [*common, *overrides])
 
 
 def key_of(experiment: Experiment, **more: Any) -> str:

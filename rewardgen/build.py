@@ -23,6 +23,7 @@ from rewardgen.evaluation.faces_grid import save_faces_grid
 from rewardgen.evaluation.grid import save_grid
 from rewardgen.evaluation.monitor import DriftError, without_statistics
 from rewardgen.evaluation.score import target_scores
+from rewardgen.fleet.inline import InlinePool
 from rewardgen.held_out import evaluate_held_out, open_monitor, warn
 from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
@@ -32,6 +33,7 @@ from rewardgen.policy import Policy
 from rewardgen.report import Reporter
 from rewardgen.reward import Reward
 from rewardgen.run_folder import as_yaml, open_folder, resolved_settings, resume_command
+from rewardgen.scoring import ScoringWorker
 from rewardgen.sharding import ShardedPolicy, spread
 from rewardgen.trainer import Dataset, Trainer, choose_device
 from rewardgen.types import Example
@@ -171,6 +173,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
         reporter=reporter,
         evaluate=evaluate_now,
         evaluate_every=experiment.evaluation.every,
+        scoring=InlinePool(ScoringWorker(parts.learner.objective.sampled)),
     )
     first = trainer.resume() if resume and has_checkpoints(trainer.checkpoints) else 0
     command = resume_command(experiment, folder, processes.size)

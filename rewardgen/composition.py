@@ -103,12 +103,15 @@ class Term:
         counted_B: samples that the term's mean goes over. A shut gate counts as 0, a failed score does not count.
         partials: dt_j / dr_k of each sample, for each reward k that the term depends on; 0 where it is not counted.
         open_B: g_j, how far the gate is open; 0 where it is not counted.
+        known_B: samples with a valid score of the term's own reward and of its gate's. A joined term counts for more:
+            the soft minimum goes over those that are known.
     """
 
     value_B: Tensor
     counted_B: Tensor
     partials: Mapping[str, Tensor]
     open_B: Tensor
+    known_B: Tensor
 
 
 def compose(
@@ -139,6 +142,7 @@ def compose(
                 counted[name] = counted[name] & scores[rule.gate.reward].valid_B
         # t_j, and a function of the scores whose gradient is the term's.
         values = {name: (gates[name] * zs[name],) * 2 for name in rules if not rules[name].joined}
+        known = dict(counted)
         joined = [name for name, rule in rules.items() if rule.joined]
         if joined:
             if temperature is None:
@@ -153,6 +157,7 @@ def compose(
             counted_B=counted[name],
             partials=_partials(values[name][1], counted[name], leaves),
             open_B=gates[name].detach().where(counted[name], 0.0),
+            known_B=known[name],
         )
         for name in rules
     }
@@ -171,21 +176,28 @@ def pixel_gradient(term: Term, score_grads: Mapping[str, Tensor]) -> Tensor | No
     return torch.stack(rows).sum(0) if len(rows) > 1 else next(iter(rows), None)
 
 
-def composed_value(terms: Mapping[str, Term], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    """What the objective is for each sample, [B], and whether all its terms counted, [B].
+def composed_value(terms: Mapping[str, Term], weights: Mapping[str, float], group_B: Sequence[int]) -> Score:
+    """What the objective is for each sample, in float64 on the CPU; only differences within a group carry meaning.
 
-    For learners that need a number for a sample and no gradient of it. Terms of weight 0 are left out; there must be
-    another one. A sample of which a term is missing is not on the scale of the others: its value is 0 and it is not
-    valid.
+    For learners that need a number for a sample and no gradient of it. Terms of weight 0 are left out. A term that is
+    known for no sample of a group does not apply to its example and has no say in the group. A sample that lacks a
+    term which others of its group have is not on their scale: it is masked.
 
     Args:
         terms: from `compose`.
         weights: what each counts with: the rule's weight, 1 for a joined one.
+        group_B: the group of each sample.
     """
-    chosen = {name: term for name, term in terms.items() if weights[name]}
-    valid_B = torch.stack([term.counted_B for term in chosen.values()]).all(0)
-    value_B = torch.stack([weights[name] * term.value_B for name, term in chosen.items()]).sum(0)
-    return value_B.where(valid_B, 0.0), valid_B
+    groups_B = torch.tensor(list(group_B))
+    total_B = torch.zeros(len(group_B), dtype=torch.float64)
+    valid_B, any_B = torch.ones(len(group_B), dtype=torch.bool), torch.zeros(len(group_B), dtype=torch.bool)
+    for name, term in terms.items():
+        if weights[name]:
+            known_B = term.known_B.cpu()
+            total_B += (weights[name] * term.value_B.cpu().double()).where(known_B, 0.0)
+            valid_B &= known_B | ~torch.isin(groups_B, groups_B[known_B])
+            any_B |= known_B
+    return Score(value_B=total_B, valid_B=valid_B & any_B)
 
 
 def _leaf(score: Score) -> Tensor:

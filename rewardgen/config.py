@@ -22,7 +22,7 @@ from rewardgen.evaluation.monitor import MonitorConfig
 from rewardgen.fleet.pool import FleetConfig
 from rewardgen.learner import OptimizerConfig
 from rewardgen.manifest import blot, blot_entries, is_secret
-from rewardgen.objective import ObjectiveConfig, check_differentiable, composition_faults
+from rewardgen.objective import ObjectiveConfig, check_learnable, composition_faults, learns_from_samples
 from rewardgen.report import ReportConfig
 from rewardgen.rollout import RolloutConfig
 from rewardgen.settings import Plugin, Settings, SparseSettings
@@ -306,12 +306,26 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
     if decay_steps is not None and decay_steps < num_steps:
         reason = f"the learning rate is 0 from step {decay_steps} on: train.num_steps is {num_steps}"
         yield "optimizer.decay_steps", reason
+    sampled = []
     for name, term in objective.rewards.items():
         try:
-            check_differentiable(name, plugins.resolve("rewards", term.use))
+            reward = plugins.resolve("rewards", term.use)
+            check_learnable(objective, name, reward)
+            sampled += [name] if learns_from_samples(term, reward) else []
         except ConfigError as error:
             yield "", str(error)
-    yield from ((f"objective.{path}", message) for path, message in composition_faults(objective))
+    yield from ((f"objective.{path}", message) for path, message in composition_faults(objective, sampled))
+    if objective.policy_gradient is not None:
+        if not sampled:
+            yield "objective.policy_gradient", "no reward is learned from samples; set learn_from: samples in one"
+        try:
+            objective.policy_gradient.check(experiment.rollout.num_steps)
+        except ValueError as error:
+            yield "objective.policy_gradient.window", str(error)
+        if experiment.rollout.buckets is not None:
+            yield "rollout.buckets", "samples (objective.policy_gradient) are drawn in one size; leave out one of both"
+        if experiment.fleet.pool != "inline":
+            yield "fleet.pool", "samples (objective.policy_gradient) are scored in the learner's process; use inline"
     if set(objective.rewards) & set(experiment.evaluation.witnesses):
         shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
         yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"

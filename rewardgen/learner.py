@@ -2,7 +2,8 @@
 
     L = w_fm * mean(L_fm) - sum_r w_r * mean(r(decode(clean_hat)))        (USO section 3: L_pre + lambda * L_SRL)
 
-where a term may also depend on the scores of several rewards, t(r_1 .. r_k) in r's place (`composition`).
+where a term may also depend on the scores of several rewards, t(r_1 .. r_k) in r's place (`composition`); and, for
+rewards that score samples instead, plus w_pg times the loss of `policy_gradient.py` on these.
 
 With several processes each has micro-batches of its own, and every mean goes over the valid examples of all of them.
 
@@ -11,16 +12,19 @@ Shape suffixes: B batch, L latent tokens, C channels per token, H and W pixels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rewardgen import gradients, sharding
+from rewardgen.adaptive import ScoreSums
+from rewardgen.base_policy import split_state
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
@@ -30,12 +34,16 @@ from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective
 from rewardgen.optimizer import Optimizer, OptimizerConfig
 from rewardgen.policy import Mode, Policy
+from rewardgen.policy_gradient import POLICY_GRADIENT
+from rewardgen.replay import Replay, Replayer, VelocityOf, merged
 from rewardgen.reward_leg import reward_leg
 from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
 from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.types import Condition, Example, Rollout, StepReport, VelocityFn
 
 __all__ = ["Learner", "MicroBatch", "OptimizerConfig"]
+
+_Updated: TypeAlias = tuple[StepReport, Mapping[str, ScoreSums]]
 
 _MERGED = "(all rewards)"
 """Key of the gradient of all rewards together, already divided; no term is called so."""
@@ -50,12 +58,14 @@ class MicroBatch:
         seed_B: one seed per example, for its time and noise.
         image_size: (height, width) in pixels of targets and drawn pictures.
         rollout: a prefix drawn for the reward terms, None where no reward is active.
+        samples: scored rollouts to learn from without a reward's gradient; a group of samples lies in one micro-batch.
     """
 
     examples: Sequence[Example]
     seed_B: Sequence[int]
     image_size: tuple[int, int]
     rollout: Rollout | None = None
+    samples: Sequence[Rollout] = ()
 
 
 class Learner:
@@ -104,25 +114,72 @@ class Learner:
         self._differentiate = sharding.differentiate if self._sharded else gradients.differentiate
         self._complete = sharding.summing(self._parameters)
         self._optimizer = Optimizer(policy.trainable(), optimizer, ema_decay=ema_decay)
+        self._replayer: Replayer | None = None
+        if objective.config.policy_gradient is not None:
+            self._replayer = Replayer(
+                policy.trainable(),
+                objective.config.policy_gradient,
+                differentiate=self._differentiate,
+                processes=self.processes,
+                sharded=self._sharded,
+            )
         self._nonfinite_in_a_row = 0
         self._skipped_steps = 0
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int) -> StepReport:
-        """One optimizer step on all micro-batches of all processes together.
-
-        A step whose gradient is not finite, or in which no term has a valid example, changes nothing and is reported
-        as skipped.
+        """One training step: an update, or as many as are to be made on the same samples.
 
         Raises:
             NonFiniteError: too many non-finite gradients in a row.
             ScoringError: a reward failed too often, or broke its contract.
             ProcessError: another process failed or is gone.
         """
+        if self._replayer is not None and any(batch.samples for batch in micro_batches):
+            report, scores = self._updates(self._replayer, micro_batches, step=step)
+        else:
+            report, scores = self._update(micro_batches, [()] * len(micro_batches), step=step)
+        metrics = self.objective.metrics(scores, step)
+        # Once in a step, after all its updates: weights and composition are frozen within it.
+        self.objective.update(scores, step)
+        return dataclasses.replace(report, metrics=metrics | dict(report.metrics))
+
+    def _updates(self, replayer: Replayer, micro_batches: Sequence[MicroBatch], *, step: int) -> _Updated:
+        """As many updates as are to be made on the same samples, as one report; the scores are the first one's."""
+        clock = Clock(device_of(self.policy))
+        with clock.phase("advantages"):
+            image_size = micro_batches[0].image_size
+            replays = replayer.prepare(
+                [batch.samples for batch in micro_batches],
+                lambda scores, group_N: self.objective.sample_values(scores, group_N, step),
+                self._velocity_of(image_size),
+                grid=self.policy.training_sigmas(image_size),
+            )
+        report, scores = self._update(micro_batches, replays, step=step)
+        reports = [report]
+        for iteration in range(1, replayer.config.num_iterations):
+            again = [
+                # Fresh times and noise for flow matching; the samples' scores were counted before.
+                dataclasses.replace(
+                    batch, seed_B=[derive_seed("again", iteration, seed) for seed in batch.seed_B], samples=()
+                )
+                for batch in micro_batches
+            ]
+            reports.append(self._update(again, replays, step=step)[0])
+        return merged(reports, clock.seconds_by_phase), scores
+
+    def _update(
+        self, micro_batches: Sequence[MicroBatch], replays: Sequence[Sequence[Replay]], *, step: int
+    ) -> _Updated:
+        """One optimizer step on all micro-batches of all processes together: its report, and what the rewards scored.
+
+        A step whose gradient is not finite, or in which no term has a valid example, changes nothing and is reported
+        as skipped.
+        """
         clock = Clock(device_of(self.policy))
         sums = TermSums()
         entries = max([1, *(len(batch.rollout.trajectory.kept_steps) for batch in micro_batches if batch.rollout)])
         merge = len(micro_batches) == 1 and not self.term_grad_norms and entries == 1
-        for batch in micro_batches:
+        for batch, lessons in zip(micro_batches, replays, strict=True):
             # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
             seed_globals(derive_seed("micro_batch", step, *batch.seed_B))
             if self.objective.weight(FLOW_MATCHING, step) > 0:
@@ -130,8 +187,11 @@ class Learner:
                     self._flow_matching(batch, sums)
             if (rollout := batch.rollout) is not None:
                 for trajectory in by_entry(rollout.trajectory):
-                    entered = replace(rollout, trajectory=trajectory)
+                    entered = dataclasses.replace(rollout, trajectory=trajectory)
                     self._rewards(entered, batch.image_size, sums, step=step, merge=merge, clock=clock)
+            if self._replayer is not None and lessons:
+                self._count_scores(batch.samples, sums, step)
+                self._replayer.play(lessons, self._velocity_of(batch.image_size), sums, clock)
         with clock.phase("optimizer"):
             self._sum_over_processes(sums, step)
 
@@ -147,11 +207,11 @@ class Learner:
             applied = gradient is not None and finite
             if gradient is not None and finite:
                 self._optimizer.update(gradient, grad_norm, step=step)
-        metrics = self.objective.metrics(sums.scores, step)
-        self.objective.update(sums.scores, step)
+        lessons = [replay for group in replays for replay in group]
+        sampled = self._replayer.metrics(lessons) if self._replayer is not None and lessons else {}
         drawn_by = self.version
         self._count(applied, finite, culprits=_not_finite(terms, grad_norms), step=step)
-        return StepReport(
+        report = StepReport(
             step=step,
             policy_version=drawn_by,
             loss=sum(terms.values()),
@@ -165,13 +225,14 @@ class Learner:
             skipped=not applied,
             seconds_by_phase=clock.seconds_by_phase,
             peak_memory_bytes=clock.peak_memory_bytes(),
-            metrics=metrics | (cosines(sums.gradients, parts, self._complete) if finite else {}),
+            metrics=(cosines(sums.gradients, parts, self._complete) if finite else {}) | sampled,
         )
+        return report, sums.scores
 
     def _sum_over_processes(self, sums: TermSums, step: int) -> None:
         """Make every sum one over the examples of all processes, and judge each reward by all its scores."""
         rewards = list(self.objective.config.rewards)
-        counted_by = {name: [name] for name in (FLOW_MATCHING, *rewards)} | {_MERGED: rewards}
+        counted_by = {name: [name] for name in (FLOW_MATCHING, POLICY_GRADIENT, *rewards)} | {_MERGED: rewards}
         valid = sums.sum_over(self.processes, self._parameters, counted_by, f"the sums of step {step}")
         for name, flags in valid.items():
             self.objective.observe(name, torch.tensor(flags))
@@ -241,6 +302,21 @@ class Learner:
                 gradient = self._differentiate(pixels_B3HW, self._parameters, grad_B3HW, keep_graph=left > 0)
                 sums.add_gradient(name, gradient)
 
+    def _count_scores(self, samples: Sequence[Rollout], sums: TermSums, step: int) -> None:
+        """Add what the samples scored to the report's means and counts of valid scores."""
+        for name in self.objective.active_samples(step):
+            for rollout in samples:
+                sums.add_score(name, rollout.scores[name])
+
+    def _velocity_of(self, image_size: tuple[int, int]) -> VelocityOf:
+        """How samples were drawn, to be done again: encode once, then a velocity for each graph."""
+
+        def encoded(examples: Sequence[Example]) -> Callable[[], VelocityFn]:
+            condition = self.policy.encode(examples)
+            return lambda: self._velocity(condition, "sample", image_size)
+
+        return encoded
+
     def _velocity(self, condition: Condition, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:
         return velocity_fn(self.policy, condition, mode=mode, image_size=image_size, precision=self.precision)
 
@@ -266,7 +342,12 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a resumed run needs, as (tensors, JSON). Warm-up is a function of the step and needs nothing."""
         counters = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "skipped_steps": self._skipped_steps}
-        return self._optimizer.state(), {"version": self.version, **counters, "objective": self.objective.state()}
+        kept = {} if self._replayer is None or self._replayer.base is None else self._replayer.base.state()
+        return self._optimizer.state() | kept, {
+            "version": self.version,
+            **counters,
+            "objective": self.objective.state(),
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Restore `state()`.
@@ -278,7 +359,10 @@ class Learner:
         if missing:
             raise CheckpointError(f"the checkpoint's state lacks {sorted(missing)}: it is not one of a training run")
         self.objective.load_state(state["objective"])
+        tensors, kept = split_state(tensors)
         self._optimizer.load_state(tensors)
+        if self._replayer is not None and self._replayer.base is not None:
+            self._replayer.base.load_state(kept)
         self.version = int(state["version"])
         self._nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
         self._skipped_steps = int(state["skipped_steps"])

@@ -239,7 +239,8 @@ class _Screen:
     def _summary(self, report: StepReport) -> str:
         seconds = (time.monotonic() - self._since) / self._steps
         rewards = [f"{name} {value:.4f}" for name, value in report.reward_means.items()]
-        skipped = ["skipped: gradient not finite"] if report.skipped else []
+        reason = "nothing to learn from" if math.isfinite(report.grad_norm) else "gradient not finite"
+        skipped = [f"skipped: {reason}"] if report.skipped else []
         fleet = _fleet(report.metrics)
         return "  ".join([f"loss {report.loss:.4f}", *rewards, f"{seconds:.2f} s/step", *fleet, *skipped])
 

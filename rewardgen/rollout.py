@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rewardgen.flow.sampling import sample
+from rewardgen.flow.stochastic import sample_stochastic
 from rewardgen.flow.window import WindowConfig
 from rewardgen.policy import Mode, Policy, noise_like_request
 from rewardgen.seeds import derive_seed, seed_globals
@@ -100,6 +101,8 @@ class RolloutWorker:
         """
         if any(step > request.stop_step for step in request.keep_steps):
             raise ValueError(f"states before {list(request.keep_steps)} are wanted of {request.stop_step} steps")
+        if request.keep_steps and request.stochastic is not None:
+            raise ValueError("of stochastic steps all states are kept: keep_steps cannot be asked for as well")
         if request.decode and request.stop_step != request.num_steps:
             raise ValueError(f"only {request.stop_step} of {request.num_steps} steps are taken: nothing to decode yet")
         # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
@@ -107,14 +110,25 @@ class RolloutWorker:
         with torch.no_grad(), self._with(weights):
             noise_BLC = noise_like_request(self.policy, request.seed_B, request.image_size)
             sigmas_T = self.policy.sigmas(request.num_steps, request.image_size)
-            condition = self.policy.encode(request.examples)
             velocity = velocity_fn(
-                self.policy, condition, mode="sample", image_size=request.image_size, precision=self.precision
+                self.policy,
+                self.policy.encode(request.examples),
+                mode="sample",
+                image_size=request.image_size,
+                precision=self.precision,
             )
             entry_BLC, kept, start = noise_BLC.to(device_of(self.policy)), {}, 0
-            for stop in sorted({*request.keep_steps, request.stop_step}):
-                entry_BLC = sample(velocity, entry_BLC, sigmas_T, start=start, stop=stop, enable_grad=False)
-                kept[stop], start = entry_BLC, stop
+            steps_SBLC, log_prob_BS = None, None
+            if request.stochastic is not None:
+                entry_BLC, steps_SBLC, log_prob_BS = sample_stochastic(
+                    velocity, entry_BLC, sigmas_T, stop=request.stop_step, stochastic=request.stochastic
+                )
+            else:
+                for stop in sorted({*request.keep_steps, request.stop_step}):
+                    entry_BLC = sample(velocity, entry_BLC, sigmas_T, start=start, stop=stop, enable_grad=False)
+                    kept[stop], start = entry_BLC, stop
+            if request.keep_steps:
+                steps_SBLC = torch.stack([kept[step] for step in request.keep_steps])
             pixels_B3HW = self.policy.decode(entry_BLC, request.image_size).clamp(0, 1) if request.decode else None
         return Rollout(
             examples=request.examples,
@@ -123,11 +137,14 @@ class RolloutWorker:
                 entry_step=request.stop_step,
                 entry_BLC=entry_BLC,
                 seed_B=request.seed_B,
-                steps_SBLC=torch.stack([kept[step] for step in request.keep_steps]) if request.keep_steps else None,
+                stochastic=request.stochastic,
+                steps_SBLC=steps_SBLC,
                 kept_steps=request.keep_steps,
+                log_prob_BS=log_prob_BS,
             ),
             policy_version=weights.version,
             pixels_B3HW=pixels_B3HW,
+            group_B=request.group_B,
         )
 
     @contextmanager

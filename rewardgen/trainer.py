@@ -27,9 +27,10 @@ from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.fleet.pool import Handle, Pool
 from rewardgen.fleet.schedule import Ahead
 from rewardgen.interrupt import stop_signal
-from rewardgen.learner import Learner
+from rewardgen.learner import Learner, MicroBatch
 from rewardgen.measure import Clock
 from rewardgen.rollout import Precision, RolloutConfig, Weights, device_of
+from rewardgen.samples import sample_requests, submit_samples
 from rewardgen.settings import Settings
 from rewardgen.types import Rollout, RolloutRequest, StepReport
 
@@ -114,6 +115,7 @@ class Trainer:
     Args:
         learner: holds the policy and the objective.
         pool: replicas of `RolloutWorker`.
+        scoring: replicas of `ScoringWorker` with the objective's rewards that score samples; needed where it has any.
         dataset: training examples; at least one.
         rollout: how pictures are drawn.
         config: length, batches, safety.
@@ -139,10 +141,14 @@ class Trainer:
         reporter: StepReporter,
         evaluate: Callable[[int], Mapping[str, float]] | None = None,
         evaluate_every: int = 0,
+        scoring: Pool | None = None,
     ) -> None:
         self.learner = learner
         self.processes = learner.processes
+        if learner.objective.sampled and scoring is None:
+            raise ConfigError(f"nobody scores the samples for {sorted(learner.objective.sampled)}: pass scoring=")
         self.pool = pool
+        self.scoring = scoring
         self.batches = Batches(dataset, rollout=rollout, config=config, seed=seed, processes=self.processes)
         self.config = config
         self.checkpoints = folder / "checkpoints"
@@ -154,7 +160,7 @@ class Trainer:
         self._ahead = Ahead(
             put=lambda weights: self.pool.put(weights),
             plan=self.batches.plan,
-            needs_weights=learner.objective.needs_rollout,
+            needs_weights=self._needs_weights,
             submit=self._submit,
             publish=learner.publish,
             staleness=staleness,
@@ -192,7 +198,7 @@ class Trainer:
         with clock.phase("rollout"):
             drawn: list[Rollout] = [future.result().get() for future in pending.futures]
         figures = self._figures(drawn)
-        report = self.learner.step(self.batches.micro_batches(pending.batch, drawn), step=step)
+        report = self.learner.step(self._micro_batches(pending.batch, drawn), step=step)
         return dataclasses.replace(
             report,
             policy_version=drawn[0].policy_version if drawn else report.policy_version,
@@ -200,12 +206,35 @@ class Trainer:
             metrics=dict(report.metrics) | figures,
         )
 
+    def _needs_weights(self, step: int) -> bool:
+        objective = self.learner.objective
+        return objective.needs_rollout(step) or bool(objective.active_samples(step))
+
     def _submit(self, batch: Batch, weights: Handle[Weights]) -> list[Future[Handle[Any]]]:
-        """Ask for everything that is drawn for a batch."""
-        return [
-            self.pool.submit("rollout", request, weights, about=f"the rollout of {_name(request)}")
-            for request in self.batches.requests(batch)
-        ]
+        """Ask for everything that is drawn for a batch: a prefix for each micro-batch, then the samples of each."""
+        objective, futures = self.learner.objective, []
+        if objective.needs_rollout(batch.step):
+            futures = [
+                self.pool.submit("rollout", request, weights, about=f"the rollout of {_name(request)}")
+                for request in self.batches.requests(batch)
+            ]
+        config = objective.config.policy_gradient
+        if config is not None and self.scoring is not None and objective.active_samples(batch.step):
+            rollout, seed = self.batches.rollout, self.batches.seed
+            for micro_batch in batch.micro_batches:
+                requests = sample_requests(micro_batch, config, rollout, step=batch.step, seed=seed)
+                futures += submit_samples(requests, weights, pool=self.pool, scoring=self.scoring)
+        return futures
+
+    def _micro_batches(self, batch: Batch, drawn: Sequence[Rollout]) -> list[MicroBatch]:
+        """What the learner gets, from what `_submit` asked for, in that order."""
+        number = len(batch.micro_batches)
+        prefixes = number if self.learner.objective.needs_rollout(batch.step) else 0
+        samples, size = drawn[prefixes:], (len(drawn) - prefixes) // number
+        made = self.batches.micro_batches(batch, drawn[:prefixes])
+        if not samples:
+            return made
+        return [dataclasses.replace(m, samples=samples[i * size : (i + 1) * size]) for i, m in enumerate(made)]
 
     def _figures(self, drawn: Sequence[Rollout]) -> dict[str, float]:
         """The fleet's figures, and by how many updates what was drawn lags behind where it may."""

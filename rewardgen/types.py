@@ -1,6 +1,7 @@
 """Every value that crosses from one room to another.
 
-Shape suffixes: B batch, L latent tokens, C latent channels per token, T denoising steps, H and W pixels.
+Shape suffixes: B batch, L latent tokens, C latent channels per token, T denoising steps, S stochastic steps among
+them, H and W pixels.
 Pictures are float tensors in RGB and [0, 1] unless a docstring says otherwise. Times are flow-matching
 times: 1 is pure noise, 0 is the clean picture.
 """
@@ -55,6 +56,21 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stochastic:
+    """Which denoising steps draw noise of their own, and how much; the others follow the ODE.
+
+    Args:
+        steps: indices of the noisy steps, one after the other and never the last of the schedule.
+        noise_level: how noisy, see `flow.stochastic.kernel`.
+        seed_B: one seed per sample; the noise of a step derives from it and from the step's index.
+    """
+
+    steps: tuple[int, ...]
+    noise_level: float
+    seed_B: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Trajectory:
     """A sampled prefix, detached.
 
@@ -62,16 +78,19 @@ class Trajectory:
         sigmas_T: [T+1] times from 1 to 0 (T steps).
         entry_step: index of the first step that was *not* taken: the state below is at `sigmas_T[entry_step]`.
         entry_BLC: latents at the entry step.
-        steps_SBLC: stored states when asked for, else None.
-        kept_steps: the steps that those states stand before, in their order.
-        log_prob_BS: log-probabilities of stochastic steps, else None.
-        seed_B: the seed of each sample's noise.
+        seed_B: the seed of each sample's initial noise.
+        stochastic: the steps that drew noise of their own, None where all followed the ODE.
+        steps_SBLC: stored states when asked for, else None: those before `kept_steps`, or, of stochastic steps,
+            [S + 1, B, L, C] from before the first to after the last.
+        kept_steps: the steps that those states stand before, in their order; none with stochastic steps.
+        log_prob_BS: float64, log-density of each stochastic step under the weights that drew it, else None.
     """
 
     sigmas_T: Tensor
     entry_step: int
     entry_BLC: Tensor
     seed_B: tuple[int, ...]
+    stochastic: Stochastic | None = None
     steps_SBLC: Tensor | None = None
     kept_steps: tuple[int, ...] = ()
     log_prob_BS: Tensor | None = None
@@ -129,7 +148,9 @@ class RolloutRequest:
         num_steps: denoising steps T of the whole schedule.
         stop_step: steps to take without gradient; T draws the whole picture.
         decode: also decode the final latents into pixels (needs `stop_step == num_steps`).
-        keep_steps: keep the states before these steps too, each at most `stop_step`.
+        stochastic: steps that draw noise of their own; all of them must lie before `stop_step`.
+        group_B: group of each example, see `Rollout`.
+        keep_steps: keep the states before these steps too, each at most `stop_step`; not with stochastic steps.
     """
 
     step: int
@@ -139,6 +160,8 @@ class RolloutRequest:
     num_steps: int
     stop_step: int
     decode: bool = False
+    stochastic: Stochastic | None = None
+    group_B: tuple[int, ...] = ()
     keep_steps: tuple[int, ...] = ()
 
 
@@ -152,7 +175,8 @@ class Rollout:
         policy_version: version of the weights that drew it.
         pixels_B3HW: pictures in [0, 1] where they were asked for.
         scores: scores of rewards that need no gradient, by term name.
-        group_B: group index of each sample (same example, several seeds), for group-relative advantages.
+        group_B: group of each sample (same example, several seeds), for group-relative advantages: the example's
+            place in the batch of all processes.
     """
 
     examples: Sequence[Example]

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from rewardgen.fleet.inline import InlinePool
 from rewardgen.learner import Learner, OptimizerConfig
 from rewardgen.objective import Objective, ObjectiveConfig
 from rewardgen.policy import Mode, Policy
+from rewardgen.reward import Reward
 from rewardgen.rollout import RolloutConfig, RolloutWorker
+from rewardgen.scoring import ScoringWorker
 from rewardgen.sharding import ShardedPolicy, is_shard, part, spread
 from rewardgen.trainer import TrainConfig, Trainer
 from rewardgen.types import Condition, Score, StepReport, VelocityFn
-from tests.toys import CHANNELS, ToyDataset, ToyPolicy, ToyReward
+from tests.toys import CHANNELS, ToyDataset, ToyJudge, ToyPolicy, ToyReward
 
 STEPS, CUT = 6, 3
 CPU = torch.device("cpu")
@@ -134,7 +136,7 @@ def make(
     policy: Policy | None = None,
     broken: str | None = None,
     objective: dict[str, Any] | None = None,
-    rewards: dict[str, ToyReward] | None = None,
+    rewards: Mapping[str, Reward] | None = None,
     window: dict[str, Any] | None = None,
     **train: Any,
 ) -> tuple[Trainer, Reports]:
@@ -173,6 +175,7 @@ def make(
         seed=0,
         folder=folder,
         reporter=reports,
+        scoring=InlinePool(ScoringWorker(learner.objective.sampled)),
     )
     return trainer, reports
 
@@ -217,6 +220,21 @@ def merged_run(processes: Processes, folder: Path, strategy: Strategy) -> dict[s
 def checkpointed_run(processes: Processes, folder: Path, strategy: Strategy) -> dict[str, Any]:
     window = {"kind": "full", "checkpoint_steps": True}
     return whole_run(processes, folder, strategy, window=window, gradient_checkpointing=True)
+
+
+def _sampled(processes: Processes, folder: Path, strategy: Strategy, config: dict[str, Any]) -> dict[str, Any]:
+    """Two examples whose judge fails, so that a process may have nothing to learn from where the other has."""
+    settings = {"num_generations": 3, "beta": 0.2, "scale_rewards": "batch", "num_iterations": 2} | config
+    rewards = {"style": ToyReward(), "judge": ToyJudge(fail_ids=["toy-001", "toy-004"])}
+    return whole_run(processes, folder, strategy, rewards=rewards, objective={"policy_gradient": settings})
+
+
+def grpo_run(processes: Processes, folder: Path, strategy: Strategy) -> dict[str, Any]:
+    return _sampled(processes, folder, strategy, {"kind": "grpo", "window": {"size": 2}})
+
+
+def nft_run(processes: Processes, folder: Path, strategy: Strategy) -> dict[str, Any]:
+    return _sampled(processes, folder, strategy, {"kind": "nft"})
 
 
 def shards(processes: Processes, folder: Path, strategy: Strategy) -> dict[str, Any]:
@@ -313,6 +331,8 @@ JOBS: dict[str, Callable[[Processes, Path, Strategy], dict[str, Any]]] = {
         resumed_run,
         merged_run,
         checkpointed_run,
+        grpo_run,
+        nft_run,
         shards,
         different_start,
         broken_target,

@@ -19,6 +19,7 @@ from rewardgen.learner import Learner
 from rewardgen.objective import Objective
 from rewardgen.policy import Mode
 from rewardgen.rollout import RolloutWorker
+from rewardgen.scoring import ScoringWorker
 from rewardgen.trainer import Trainer
 from rewardgen.types import Condition, VelocityFn
 from tests.toys import ToyDataset, ToyPolicy, ToyReward
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import baselines
 import cells
+import sample_efficiency
 import srl_table
 import step_overhead
 
@@ -38,6 +40,7 @@ TINY = (
     "evaluation.grid_examples=2",
     "optimizer.decay_steps=null",
 )
+LEARN = "objective.rewards.style.learn_from=samples"
 SMALL = ("rollout.image_size=[8, 8]", "train.batch_size=3", "train.num_steps=10", "optimizer.decay_steps=null")
 
 
@@ -82,6 +85,7 @@ def counted(experiment: Experiment, step: int, folder: Path) -> float:
         seed=0,
         folder=folder,
         reporter=step_overhead.Silent(),
+        scoring=InlinePool(ScoringWorker(objective.sampled)),
     )
     assert not trainer.step(step).skipped
     return policy.forward_passes + 2 * policy.backward_passes
@@ -105,6 +109,15 @@ def counted(experiment: Experiment, step: int, folder: Path) -> float:
             "rollout.window.entry_range=[5, 5]",
             "objective.rewards.other={use: brightness}",
             "train.term_grad_norms=false",
+        ],
+        [LEARN, "objective.policy_gradient={kind: grpo, num_generations: 3}"],
+        [LEARN, "objective.policy_gradient={kind: grpo, num_generations: 2, window: {size: 2}, num_iterations: 2}"],
+        [LEARN, "objective.policy_gradient={kind: nft, times_per_sample: 3}", "objective.flow_matching.weight=0"],
+        [
+            LEARN,
+            "objective.policy_gradient={kind: nft, beta: 0.1, num_iterations: 2}",
+            "objective.rewards.other={use: brightness}",
+            "rollout.window.entry_range=[5, 5]",
         ],
     ],
     ids=" ".join,
@@ -250,3 +263,36 @@ def test_live_bytes_are_exact() -> None:
 def test_the_verdict_needs_time_and_memory(high: float, memory: float, met: bool) -> None:
     ratios = {"live_bytes": memory, "resident_bytes": 1.0}
     assert step_overhead.met({"wall": {"high": high}, "memory": {"ratios": ratios}}) == met
+
+
+def test_arms_of_sample_efficiency_spend_one_budget() -> None:
+    for arm in sample_efficiency.ARMS:
+        plan = sample_efficiency.plan(arm, 0)
+        spent = plan.begin + plan.experiment.train.num_steps * plan.step_cost
+        assert sample_efficiency.BUDGET - plan.step_cost < spent <= sample_efficiency.BUDGET, arm
+        assert plan.experiment.evaluation.every * plan.step_cost == pytest.approx(sample_efficiency.EVERY, rel=0.1)
+        assert plan.experiment.optimizer.decay_steps is None
+        assert (plan.drawing is not None) == (arm == sample_efficiency.BEST) == (plan.begin > 0)
+    keys = {sample_efficiency.plan(arm, seed).key for arm in sample_efficiency.ARMS for seed in (0, 1)}
+    assert len(keys) == 2 * len(sample_efficiency.ARMS)
+
+
+def test_a_curve_is_read_between_its_points() -> None:
+    curve = [(0.0, [0.5]), (100.0, [0.6]), (200.0, [0.7]), (300.0, [0.65])]
+    for target, expected in ((0.5, 0.0), (0.55, 50.0), (0.6, 100.0), (0.69, 190.0), (0.71, None)):
+        assert sample_efficiency.reached(curve, target) == pytest.approx(expected)
+
+
+def test_a_sample_efficiency_cell_from_training_to_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_efficiency, "CELLS", tmp_path / "cells")
+    small = ["train.batch_size=1", "data.train.args.size=8", "evaluation.num_examples=2", "evaluation.grid_examples=0"]
+    arm = "DiffusionNFT"
+    step = sample_efficiency.plan(arm, 0, small).step_cost
+    plan = sample_efficiency.plan(arm, 0, small, budget=2.5 * step, every=step)
+    sample_efficiency.run_cell(plan, tmp_path / "runs")
+    assert cells.is_current(plan.path, plan.key)
+    cell = cells.read(plan.path)
+    assert [spent for spent, _ in cell["curve"]] == [0, step, 2 * step]
+    assert all(len(values) == len(cells.METRICS) for _, values in cell["curve"])
+    table = sample_efficiency.render([plan], [cell])
+    assert f"| **{arm}** | {step:,.0f} |" in table

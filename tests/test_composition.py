@@ -154,9 +154,29 @@ def test_pixel_rows_are_scaled_by_the_partials() -> None:
 def test_one_number_for_a_sample() -> None:
     rules = {"a": Rule(weight=2.0), "b": Rule(weight=0.5, shift=1.0), "c": Rule(weight=0.0)}
     terms = compose(scores(a=[1.0, 2.0, NAN], b=[3.0, 1.0, 1.0], c=[NAN, NAN, NAN]), rules)
-    value_B, valid_B = composed_value(terms, {name: rule.weight for name, rule in rules.items()})
-    assert value_B.tolist() == [3.0, 4.0, 0.0]
-    assert valid_B.tolist() == [True, True, False]
+    found = composed_value(terms, {name: rule.weight for name, rule in rules.items()}, (0, 0, 0))
+    assert found.value_B[:2].tolist() == [3.0, 4.0]
+    assert found.valid_B.tolist() == [True, True, False]
+
+
+def test_a_reward_that_does_not_apply_to_a_group_has_no_say_in_it() -> None:
+    rules = {"style": Rule(weight=2.0), "faces": Rule(weight=10.0)}
+    given_scores = scores(style=[1.0, 2.0, 3.0, 4.0], faces=[0.5, NAN, NAN, NAN])
+    found = composed_value(compose(given_scores, rules), {"style": 2.0, "faces": 10.0}, (0, 0, 7, 7))
+    # Group 7 has no faces: its style counts alone. In group 0 the second picture's faces failed: no fair comparison.
+    assert found.valid_B.tolist() == [True, False, True, True]
+    assert found.value_B[[0, 2, 3]].tolist() == pytest.approx([7.0, 6.0, 8.0])
+    nobody = composed_value(compose(scores(faces=[NAN, NAN]), {"faces": Rule()}), {"faces": 1.0}, (0, 0))
+    assert not nobody.valid_B.any()
+    assert not composed_value({}, {}, (0, 0)).valid_B.any()
+
+
+def test_a_soft_minimum_over_fewer_scores_is_not_compared_with_one_over_more() -> None:
+    rules = {"a": Rule(joined=True), "b": Rule(joined=True)}
+    terms = compose(scores(a=[1.0, 2.0, 3.0, 4.0], b=[3.0, NAN, NAN, NAN]), rules, 1e-3)
+    found = composed_value(terms, {"a": 1.0, "b": 1.0}, (0, 0, 7, 7))
+    assert found.valid_B.tolist() == [True, False, True, True]
+    assert found.value_B[[0, 2, 3]].tolist() == pytest.approx([2.0, 3.0, 4.0], abs=1e-2)
 
 
 def test_schedules_are_straight_lines_between_their_points() -> None:

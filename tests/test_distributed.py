@@ -60,6 +60,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all jobs, each done by one process (where it is compared) and by two."""
     folder = tmp_path_factory.mktemp("processes")
     alone = {"whole_run": "alone", "merged_run": "merged", "checkpointed_run": "checkpointed", "uso": "uso"}
+    alone |= {"grpo_run": "grpo", "nft_run": "nft"}
     for job, name in alone.items():
         found = process_jobs.JOBS[job](Processes(), folder / name, "ddp")
         (folder / f"{name}.json").write_text(json.dumps(found))
@@ -114,6 +115,19 @@ def test_two_processes_equal_one_with_twice_the_accumulation(done: Path, strateg
     counts = [report["valid_counts"] for report in alone["reports"]]
     assert {0 < count["flow_matching"] < 4 for count in counts} >= {True}
     assert any(count.get("noisy") in (1, 2) for count in counts), "scores were to fail"
+
+
+@STRATEGIES
+@pytest.mark.parametrize("kind", ["grpo", "nft"])
+def test_samples_are_learned_from_alike(done: Path, strategy: str, kind: str) -> None:
+    """Groups, advantages over the whole step, the base policy and several updates, mixed with a reward's gradient."""
+    first, second = told(done, f"{kind}_run", strategy)
+    alone = json.loads((done / f"{kind}.json").read_text())
+    assert_same_checkpoint(done / f"{kind}_run-{strategy}", done / kind)
+    assert first["state"] == second["state"] == alone["state"]
+    assert_same_reports(first["reports"], alone["reports"])
+    shares = {report["metrics"]["policy_gradient/taking_part"] for report in alone["reports"] if report["step"]}
+    assert min(shares) < 1, "some groups were to say nothing"
 
 
 @STRATEGIES

@@ -7,6 +7,7 @@ Everything is seeded by itself and works in float64, so that gradients can be ch
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -139,6 +140,24 @@ class ToyReward(Reward):
                 values.append((pixels_3HW.sum() * 0 - 1).sqrt())
             valid.append(applies)
         return Score(value_B=torch.stack(values), valid_B=torch.tensor(valid, device=pixels_B3HW.device))
+
+
+class ToyJudge(Reward):
+    """How close a picture's mean is to 0.9, in steps of 1/256: no gradient. Fails for the examples it is told.
+
+    The sign says whether close is good; 0 makes all pictures equal.
+    """
+
+    differentiable = False
+
+    def __init__(self, fail_ids: Sequence[str] = (), sign: int = 1) -> None:
+        super().__init__()
+        self.fail_ids, self.sign = frozenset(fail_ids), sign
+
+    def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+        value_B = -(256 * (pixels_B3HW.detach().mean(dim=(1, 2, 3)) - 0.9).abs()).round() / 256
+        valid_B = torch.tensor([example.id not in self.fail_ids for example in examples], device=value_B.device)
+        return Score(value_B=torch.where(valid_B, self.sign * value_B, math.nan), valid_B=valid_B)
 
 
 class ToyDataset:
