@@ -23,6 +23,8 @@ METRICS = {"style": "CSD (the reward)", "palette_texture": "style witness", "lay
 GAP = "CSD gap closed"
 SAVING = ("checkpoint_every", "keep_last", "keep_best", "keep_best_metric", "device")
 """Settings of a training that change none of its numbers."""
+PIECES = ("base", "csd", "encoders", "reader", "vae")
+"""What of the bundled world these experiments read; the others may change without making a cell outdated."""
 
 
 def load(seed: int, overrides: Sequence[str] = (), examples: int = 200, path: Path = EXPERIMENT) -> Experiment:
@@ -35,7 +37,8 @@ def key_of(experiment: Experiment, **more: Any) -> str:
     """What a cell's numbers depend on: the experiment (not how it reports and saves), the world's files, and `more`."""
     settings = {k: v for k, v in experiment.model_dump(mode="json").items() if k not in ("name", "report", "flavors")}
     settings["train"] = {k: v for k, v in settings["train"].items() if k not in SAVING}
-    world = {name: entry["files"] for name, entry in json.loads((ASSETS / "world.json").read_text()).items()}
+    pieces = json.loads((ASSETS / "world.json").read_text())
+    world = {name: pieces[name]["files"] for name in PIECES}
     everything = [settings, world, more] if more else [settings, world]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
