@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a caller that is
 
 import baselines
 import cells as shared
-from baselines import NO_REWARD, Drawing, step_evaluations
+from baselines import Drawing, step_evaluations
 from cells import METRICS, SEEDS
+from srl_table import NO_REWARD
 
 from rewardgen.config import Experiment
 
@@ -43,9 +44,9 @@ TARGET_SHARE = 0.15
 HELD_OUT = 64
 REFL, BEST, GRPO = "refl (SRL)", f"supervised, best of {baselines.DRAWS} by CSD", "Flow-GRPO"
 ARMS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
-    REFL: (shared.EXPERIMENT, ()),
-    "draft, last 2 steps": (shared.EXPERIMENT, ("rollout.window={kind: draft, k: 2}",)),
-    BEST: (shared.EXPERIMENT, (NO_REWARD,)),
+    REFL: (shared.EXPERIMENT, (baselines.STYLE_ALONE,)),
+    "draft, last 2 steps": (shared.EXPERIMENT, (baselines.STYLE_ALONE, "rollout.window={kind: draft, k: 2}")),
+    BEST: (shared.EXPERIMENT, NO_REWARD),
     GRPO: (SAMPLES, ()),
     "DiffusionNFT": (SAMPLES, ("objective.policy_gradient={kind: nft, num_generations: 6}",)),
 }
