@@ -41,6 +41,7 @@ TINY = (
     "optimizer.decay_steps=null",
 )
 LEARN = "objective.rewards.style.learn_from=samples"
+ALONE = "objective.rewards.content.weight=0"
 SMALL = ("rollout.image_size=[8, 8]", "train.batch_size=3", "train.num_steps=10", "optimizer.decay_steps=null")
 
 
@@ -110,9 +111,18 @@ def counted(experiment: Experiment, step: int, folder: Path) -> float:
             "objective.rewards.other={use: brightness}",
             "train.term_grad_norms=false",
         ],
-        [LEARN, "objective.policy_gradient={kind: grpo, num_generations: 3}"],
-        [LEARN, "objective.policy_gradient={kind: grpo, num_generations: 2, window: {size: 2}, num_iterations: 2}"],
-        [LEARN, "objective.policy_gradient={kind: nft, times_per_sample: 3}", "objective.flow_matching.weight=0"],
+        [LEARN, ALONE, "objective.policy_gradient={kind: grpo, num_generations: 3}"],
+        [
+            LEARN,
+            ALONE,
+            "objective.policy_gradient={kind: grpo, num_generations: 2, window: {size: 2}, num_iterations: 2}",
+        ],
+        [
+            LEARN,
+            ALONE,
+            "objective.policy_gradient={kind: nft, times_per_sample: 3}",
+            "objective.flow_matching.weight=0",
+        ],
         [
             LEARN,
             "objective.policy_gradient={kind: nft, beta: 0.1, num_iterations: 2}",
