@@ -6,12 +6,13 @@ examples and noise, and a key over everything the numbers depend on.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from rewardgen.config import Experiment, load_experiment
 from rewardgen.sources import ASSETS
@@ -72,6 +73,62 @@ def read(path: Path) -> dict[str, Any]:
 def rows_of(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rows of a cell's comparison by metric."""
     return {row["name"]: row for row in cell["comparison"]["rows"]}
+
+
+class Cell(Protocol):
+    """What `make_table` has to know of a cell."""
+
+    @property
+    def arm(self) -> str:
+        """What it does differently."""
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+
+    @property
+    def key(self) -> str:
+        """See `key_of`."""
+
+
+CellT = TypeVar("CellT", bound=Cell)
+
+
+def make_table(
+    description: str,
+    table: Path,
+    arms: Iterable[str],
+    *,
+    plan: Callable[[str, int], CellT],
+    ledger: Callable[[Sequence[CellT], Sequence[CellT]], str],
+    run_cell: Callable[[CellT, Path], None],
+    render: Callable[[Sequence[CellT], Sequence[Mapping[str, Any]]], str],
+) -> None:
+    """The command of a table of arms and seeds: say what is missing, train it cell by cell, write the table."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--arm", action="append", choices=list(arms), help="only this arm (may be repeated)")
+    parser.add_argument("--seed", action="append", type=int, choices=SEEDS, help="only this seed (may be repeated)")
+    parser.add_argument("--check", action="store_true", help="only say whether the committed cells are current")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / table.stem, help="where training runs go")
+    arguments = parser.parse_args()
+    plans = [plan(arm, seed) for seed in arguments.seed or SEEDS for arm in arguments.arm or arms]
+    outdated = [cell for cell in plans if not is_current(cell.path, cell.key)]
+    print(ledger(plans, outdated), flush=True)
+    if arguments.check:
+        raise SystemExit(1 if outdated else 0)
+    for cell in outdated:
+        run_cell(cell, arguments.runs)
+    whole = [plan(arm, seed) for arm in arms for seed in SEEDS]
+    missing = [cell for cell in whole if not is_current(cell.path, cell.key)]
+    if missing:
+        print("no table yet, missing: " + "; ".join(f"{cell.arm}, seed {cell.seed}" for cell in missing))
+        return
+    table.write_text(render(whole, [read(cell.path) for cell in whole]))
+    print(table.read_text())
 
 
 def line(texts: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ know where it ends cannot plan for it. Best of N draws first, with half of the b
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a caller that is
 import baselines
 import cells as shared
 from baselines import Drawing, step_evaluations
-from cells import METRICS, SEEDS
+from cells import METRICS
 from srl_table import NO_REWARD
 
 from rewardgen.config import Experiment
@@ -185,26 +184,8 @@ def ledger(plans: Iterable[Plan], outdated: Sequence[Plan]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arm", action="append", choices=list(ARMS), help="only this arm (may be repeated)")
-    parser.add_argument("--seed", action="append", type=int, choices=SEEDS, help="only this seed (may be repeated)")
-    parser.add_argument("--check", action="store_true", help="only say whether the committed cells are current")
-    parser.add_argument("--runs", type=Path, default=Path("runs") / "sample_efficiency", help="where runs go")
-    arguments = parser.parse_args()
-    plans = [plan(arm, seed) for seed in arguments.seed or SEEDS for arm in arguments.arm or ARMS]
-    outdated = [cell for cell in plans if not shared.is_current(cell.path, cell.key)]
-    print(ledger(plans, outdated), flush=True)
-    if arguments.check:
-        raise SystemExit(1 if outdated else 0)
-    for cell in outdated:
-        run_cell(cell, arguments.runs)
-    whole = [plan(arm, seed) for arm in ARMS for seed in SEEDS]
-    missing = [cell for cell in whole if not shared.is_current(cell.path, cell.key)]
-    if missing:
-        print("no table yet, missing: " + "; ".join(f"{cell.arm}, seed {cell.seed}" for cell in missing))
-        return
-    TABLE.write_text(render(whole, [shared.read(cell.path) for cell in whole]))
-    print(TABLE.read_text())
+    description = (__doc__ or "").splitlines()[0]
+    shared.make_table(description, TABLE, ARMS, plan=plan, ledger=ledger, run_cell=run_cell, render=render)
 
 
 if __name__ == "__main__":
