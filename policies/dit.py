@@ -6,7 +6,7 @@ S style tokens, H width of the DiT, Q pooled text width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,18 +62,16 @@ def grouped_velocity(
     transformer: FluxTransformer2DModel,
     groups: Sequence[Group],
     guidance_B: Tensor,
-    ids_of: Callable[[Group], Tensor],
+    rotary: Sequence[tuple[Tensor, Tensor]],
 ) -> VelocityFn:
     """`(latents_BLP, t_B) -> velocity_BLP` for a batch split into groups of equal layout.
 
     Args:
         groups: together they hold every example once.
-        ids_of: position ids [S + T + L + R, 3] of a group.
+        rotary: of each group, as for `dit_velocity`.
     """
     members = [torch.tensor(group.members, device=guidance_B.device) for group in groups]
     order = torch.cat(members).argsort()
-
-    rotary = [transformer.pos_embed(ids_of(group)) for group in groups]  # the same at every step
 
     def velocity(latents_BLP: Tensor, t_B: Tensor) -> Tensor:
         t_B = t_B.to(latents_BLP.device)

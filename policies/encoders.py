@@ -56,7 +56,7 @@ def vae_latents(vae: AutoencoderKL, signed_B3HW: Tensor, noise: torch.Generator 
         noise: None takes the posterior's mean; a generator, or "global" for torch's own, draws from the posterior
             (on the CPU, so that the draw does not depend on the device).
     """
-    posterior = vae.encode(signed_B3HW.to(device=vae.device, dtype=vae.dtype)).latent_dist
+    posterior = vae.encode(signed_B3HW.to(next(vae.parameters()))).latent_dist
     latents = posterior.mean.float()
     if noise is not None:
         generator = None if isinstance(noise, str) else noise
@@ -68,7 +68,7 @@ def vae_latents(vae: AutoencoderKL, signed_B3HW: Tensor, noise: torch.Generator 
 def vae_pixels(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
     """Scaled latents -> pictures [B, 3, H, W], nominally in [-1, 1], in float32 or above."""
     latents = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor
-    pixels: Tensor = vae.decode(latents.to(vae.dtype)).sample
+    pixels: Tensor = vae.decode(latents.to(next(vae.parameters()).dtype)).sample
     return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
 
@@ -169,7 +169,7 @@ class FluxEncoder:
 
     def _take(self, what: str, **parts: Any) -> None:
         """Load encoders late, frozen, beside the transformer."""
-        device = self.parts.transformer.device
+        device = next(self.parts.transformer.parameters()).device
         for part in parts.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).to(device)

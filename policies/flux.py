@@ -7,6 +7,7 @@ the DiT's).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -34,6 +35,8 @@ Schedule = Literal["official", "token_count"]
 VaeEncode = Literal["mean", "sample"]
 BaseDtype = Literal["fp32", "bf16"]
 
+LAYOUTS = 32
+"""Layouts of tokens whose positions are remembered: a few megabytes each at full size."""
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -105,6 +108,7 @@ class FluxPolicy(Policy):
         if lora_rank is not None and not official.has_lora(self.transformer):
             official.add_lora(self.transformer, lora_rank)
         require_gradients(self, self.transformer, projector, self.trained_parts)
+        self._rotary: OrderedDict[object, tuple[Tensor, Tensor]] = OrderedDict()
         self.train(False)
 
     # -- construction --
@@ -140,8 +144,8 @@ class FluxPolicy(Policy):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.transformer.device
-        return device
+        # Not `transformer.device`: diffusers looks through all modules for hooks each time it is asked.
+        return next(self.transformer.parameters()).device
 
     # -- encoding --
 
@@ -227,13 +231,20 @@ class FluxPolicy(Policy):
             guidance_B = torch.full((len(condition),), guidance)
         groups = group_by_layout(condition, self._style_tokens(condition), self.transformer.config.in_channels, device)
 
-        target = self._grid(image_size)
+        rotary = [self._positions(self._grid(image_size), group) for group in groups]
+        return grouped_velocity(self.transformer, groups, guidance_B.to(device), rotary)
 
-        def ids_of(group: Group) -> Tensor:
-            text_ids = torch.zeros(group.style_BSH.shape[1] + group.text_BTD.shape[1], 3)
-            return torch.cat([text_ids, *image_ids(target, group.grids, self.pe)]).to(device)
-
-        return grouped_velocity(self.transformer, groups, guidance_B.to(device), ids_of)
+    def _positions(self, target: Grid, group: Group) -> tuple[Tensor, Tensor]:
+        """Rotary embedding of the positions of all tokens of a group; those of the last few layouts are remembered."""
+        length, device = group.style_BSH.shape[1] + group.text_BTD.shape[1], self.device
+        layout = (target, group.grids, length, device)
+        if layout not in self._rotary:
+            with torch.inference_mode(False), torch.no_grad():
+                ids = torch.cat([torch.zeros(length, 3), *image_ids(target, group.grids, self.pe)])
+                self._rotary[layout] = self.transformer.pos_embed(ids.to(device))
+            if len(self._rotary) > LAYOUTS:
+                self._rotary.popitem(last=False)
+        return self._rotary[layout]
 
     # -- weights --
 

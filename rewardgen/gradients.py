@@ -144,14 +144,16 @@ def norms(
 
 
 def cosines(
-    gradients: Mapping[str, Gradient], coefficients: Mapping[str, float], complete: Complete | None = None
+    gradients: Mapping[str, Gradient],
+    coefficients: Mapping[str, float],
+    lengths: Mapping[str, float],
+    complete: Complete | None = None,
 ) -> dict[str, float]:
     """Cosine between the parts of the loss gradient, as `cosine/a/b`: below 0 the terms pull against each other.
 
-    Pairs with a part of norm 0 are left out.
+    Pairs with a part of norm 0 are left out. `lengths` are the parts' `norms`.
     """
     result: dict[str, float] = {}
-    lengths = norms(gradients, coefficients, complete)
     for (a, gradient_a), (b, gradient_b) in combinations(gradients.items(), 2):
         if lengths[a] and lengths[b]:
             pairs = zip(gradient_a, gradient_b, strict=True)

@@ -225,7 +225,7 @@ class Learner:
             skipped=not applied,
             seconds_by_phase=clock.seconds_by_phase,
             peak_memory_bytes=clock.peak_memory_bytes(),
-            metrics=(cosines(sums.gradients, parts, self._complete) if finite else {}) | sampled,
+            metrics=(cosines(sums.gradients, parts, grad_norms, self._complete) if finite else {}) | sampled,
         )
         return report, sums.scores
 

@@ -119,13 +119,21 @@ def _window(length: int, short: int, size: int) -> _Window:
     return length, resized, round((resized - size) / 2), size
 
 
+def _stays(axis: _Window) -> bool:
+    """Whether every pixel stays what it is."""
+    length, resized, first, kept = axis
+    return length == resized == kept and first == 0
+
+
 def _resample(given: Tensor, rows: _Window, columns: _Window, kernel: Kernel, round_8bit: bool) -> Tensor:
     pixels = given if given.dtype == torch.float64 else given.float()
     # Autocast would turn the two products into bfloat16, coarser than the 8 bits of a picture.
     with torch.autocast(pixels.device.type, enabled=False):
-        across = _weights(*columns, kernel, pixels.dtype, pixels.device)
-        down = _weights(*rows, kernel, pixels.dtype, pixels.device)
-        smooth = down @ (pixels @ across.T)
+        smooth = pixels
+        if not (_stays(rows) and _stays(columns)):  # else both matrices are the identity
+            across = _weights(*columns, kernel, pixels.dtype, pixels.device)
+            down = _weights(*rows, kernel, pixels.dtype, pixels.device)
+            smooth = down @ (pixels @ across.T)
         if not round_8bit:
             return smooth
         rounded = _resample_8bit(pixels.detach(), rows, columns, kernel).to(smooth.dtype)
