@@ -14,58 +14,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rewardgen import gradients, sharding
+from rewardgen import sharding
 from rewardgen.adaptive import ScoreSums
 from rewardgen.base_policy import split_state
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
-from rewardgen.flow.loss import draw_times_and_noise, flow_matching_loss
-from rewardgen.flow.window import WindowConfig, by_entry, run_window
+from rewardgen.flow.window import WindowConfig
 from rewardgen.gradients import TermSums, cosines, global_norm, norms, weighted_sum
 from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective
 from rewardgen.optimizer import Optimizer, OptimizerConfig
-from rewardgen.policy import Mode, Policy
+from rewardgen.policy import Policy
 from rewardgen.policy_gradient import POLICY_GRADIENT
-from rewardgen.replay import Replay, Replayer, VelocityOf, merged
-from rewardgen.reward_leg import reward_leg
-from rewardgen.rollout import Precision, Weights, device_of, velocity_fn
+from rewardgen.replay import Replay, Replayer, merged
+from rewardgen.rollout import Precision, Weights, device_of
 from rewardgen.seeds import derive_seed, seed_globals
-from rewardgen.types import Condition, Example, Rollout, StepReport, VelocityFn
+from rewardgen.terms import MERGED, Differentiated, FlowMatchingTerm, MicroBatch, RewardTerms
+from rewardgen.types import Rollout, StepReport
 
 __all__ = ["Learner", "MicroBatch", "OptimizerConfig"]
 
 _Updated: TypeAlias = tuple[StepReport, Mapping[str, ScoreSums]]
-
-_MERGED = "(all rewards)"
-"""Key of the gradient of all rewards together, already divided; no term is called so."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """What one forward pass of each kind sees.
-
-    Args:
-        examples: for the flow-matching term, dropout applied; those without a target are left out and not counted.
-        seed_B: one seed per example, for its time and noise.
-        image_size: (height, width) in pixels of targets and drawn pictures.
-        rollout: a prefix drawn for the reward terms, None where no reward is active.
-        samples: scored rollouts to learn from without a reward's gradient; a group of samples lies in one micro-batch.
-    """
-
-    examples: Sequence[Example]
-    seed_B: Sequence[int]
-    image_size: tuple[int, int]
-    rollout: Rollout | None = None
-    samples: Sequence[Rollout] = ()
 
 
 class Learner:
@@ -102,29 +78,24 @@ class Learner:
             raise ConfigError("the policy trains nothing; name at least one of its parts in policy.args.train")
         self.policy = policy
         self.objective = objective
-        self.window = window
-        self.precision: Precision = precision
         self.max_nonfinite_steps = max_nonfinite_steps
         self.term_grad_norms = term_grad_norms
         self.processes = processes or Processes()
         self.version = 0
-        self._parameters = list(policy.trainable().values())
-        # Sharded blocks need every process in each of their backward passes, also one that has no valid example.
-        self._sharded = isinstance(policy, sharding.ShardedPolicy)
-        self._differentiate = sharding.differentiate if self._sharded else gradients.differentiate
-        self._complete = sharding.summing(self._parameters)
+        self._model = model = Differentiated(policy, precision, self.processes)
+        self._flow_matching = FlowMatchingTerm(model)
+        self._rewards = RewardTerms(model, objective, window)
+        sampled = objective.config.policy_gradient
+        self._replayer = None if sampled is None else Replayer(model, sampled)
+        self._complete = sharding.summing(model.parameters)
         self._optimizer = Optimizer(policy.trainable(), optimizer, ema_decay=ema_decay)
-        self._replayer: Replayer | None = None
-        if objective.config.policy_gradient is not None:
-            self._replayer = Replayer(
-                policy.trainable(),
-                objective.config.policy_gradient,
-                differentiate=self._differentiate,
-                processes=self.processes,
-                sharded=self._sharded,
-            )
         self._nonfinite_in_a_row = 0
         self._skipped_steps = 0
+
+    @property
+    def precision(self) -> Precision:
+        """Arithmetic of the policy's forward pass."""
+        return self._model.precision
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int) -> StepReport:
         """One training step: an update, or as many as are to be made on the same samples.
@@ -151,7 +122,7 @@ class Learner:
             replays = replayer.prepare(
                 [batch.samples for batch in micro_batches],
                 lambda scores, group_N: self.objective.sample_values(scores, group_N, step),
-                self._velocity_of(image_size),
+                self._model.sampling_velocity(image_size),
                 grid=self.policy.training_sigmas(image_size),
             )
         report, scores = self._update(micro_batches, replays, step=step)
@@ -184,14 +155,12 @@ class Learner:
             seed_globals(derive_seed("micro_batch", step, *batch.seed_B))
             if self.objective.weight(FLOW_MATCHING, step) > 0:
                 with clock.phase("flow_matching"):
-                    self._flow_matching(batch, sums)
-            if (rollout := batch.rollout) is not None:
-                for trajectory in by_entry(rollout.trajectory):
-                    entered = dataclasses.replace(rollout, trajectory=trajectory)
-                    self._rewards(entered, batch.image_size, sums, step=step, merge=merge, clock=clock)
+                    self._flow_matching.add(batch, sums)
+            if batch.rollout is not None:
+                self._rewards.add(batch.rollout, batch.image_size, sums, step=step, merge=merge, clock=clock)
             if self._replayer is not None and lessons:
                 self._count_scores(batch.samples, sums, step)
-                self._replayer.play(lessons, self._velocity_of(batch.image_size), sums, clock)
+                self._replayer.add(lessons, self._model.sampling_velocity(batch.image_size), sums, clock)
         with clock.phase("optimizer"):
             self._sum_over_processes(sums, step)
 
@@ -232,93 +201,16 @@ class Learner:
     def _sum_over_processes(self, sums: TermSums, step: int) -> None:
         """Make every sum one over the examples of all processes, and judge each reward by all its scores."""
         rewards = list(self.objective.config.rewards)
-        counted_by = {name: [name] for name in (FLOW_MATCHING, POLICY_GRADIENT, *rewards)} | {_MERGED: rewards}
-        valid = sums.sum_over(self.processes, self._parameters, counted_by, f"the sums of step {step}")
+        counted_by = {name: [name] for name in (FLOW_MATCHING, POLICY_GRADIENT, *rewards)} | {MERGED: rewards}
+        valid = sums.sum_over(self.processes, self._model.parameters, counted_by, f"the sums of step {step}")
         for name, flags in valid.items():
             self.objective.observe(name, torch.tensor(flags))
-
-    def _flow_matching(self, batch: MicroBatch, sums: TermSums) -> None:
-        """Add `sum_B |velocity(x_t, t) - (noise - clean)|^2` over the examples that have a target."""
-        pairs = zip(batch.examples, batch.seed_B, strict=True)
-        chosen = [(example, seed) for example, seed in pairs if example.target is not None]
-        if not chosen:
-            sums.add(FLOW_MATCHING, torch.zeros(()), 0)
-            if self._sharded:
-                self._pass_along(batch, sums)
-            return
-        examples, seed_B = [example for example, _ in chosen], [seed for _, seed in chosen]
-        targets_B3HW = torch.stack([_target(example, batch.image_size) for example in examples])
-        clean_BLC = self.policy.encode_pixels(targets_B3HW.to(device_of(self.policy)))
-        t_B, noise_BLC = draw_times_and_noise(seed_B, clean_BLC, self.policy.training_sigmas(batch.image_size))
-        with torch.enable_grad():
-            condition = self.policy.encode(examples)
-            velocity = self._velocity(condition, "train", batch.image_size)
-            loss = flow_matching_loss(velocity, clean_BLC, noise_BLC, t_B).sum()
-        sums.add(FLOW_MATCHING, loss, len(examples))
-        if self._sharded:
-            self.processes.exchange("the backward pass")
-        sums.add_gradient(FLOW_MATCHING, self._differentiate(loss, self._parameters))
-
-    def _pass_along(self, batch: MicroBatch, sums: TermSums) -> None:
-        """Run the policy forward and backward for nothing, because the other processes need this one's shards."""
-        length, channels = self.policy.latent_shape(batch.image_size)
-        device, number = device_of(self.policy), len(batch.examples)
-        with torch.enable_grad():
-            velocity = self._velocity(self.policy.encode(batch.examples), "train", batch.image_size)
-            t_B = torch.ones(number, device=device)
-            velocity_BLC = velocity(torch.zeros(number, length, channels, device=device), t_B)
-        self.processes.exchange("the backward pass")
-        gradient = self._differentiate(velocity_BLC, self._parameters, torch.zeros_like(velocity_BLC))
-        sums.add_gradient(FLOW_MATCHING, gradient)
-
-    def _rewards(
-        self, rollout: Rollout, image_size: tuple[int, int], sums: TermSums, *, step: int, merge: bool, clock: Clock
-    ) -> None:
-        """Add `sum_B t(r_1 .. r_k)`, r = r(decode(clean_hat)), for each term t of the objective, over what it counts.
-
-        Backpropagation goes in two legs that meet at the pixels: the rewards' (`reward_leg`), then the policy's.
-        """
-        examples = rollout.examples
-        with torch.enable_grad(), clock.phase("window"):
-            condition = self.policy.encode(examples)
-            velocity = self._velocity(condition, "sample", image_size)
-            clean_BLC = run_window(velocity, rollout.trajectory, self.window, enable_grad=True)
-        with torch.enable_grad(), clock.phase("decode"):
-            pixels_B3HW = self.policy.decode(clean_BLC, image_size)
-        with clock.phase("score"):
-            pixel_grads = reward_leg(self.objective, pixels_B3HW, examples, sums, step=step)
-            if self._sharded:
-                weighted = [name for name in self.objective.rules(step) if self.objective.weight(name, step)]
-                pixel_grads = {name: pixel_grads.get(name, torch.zeros_like(pixels_B3HW)) for name in weighted}
-        if merge and len(self.objective.active_rewards(step)) > 1:
-            said = self.processes.exchange("the scores", sums.counts)
-            counts = {name: sum(other.get(name, 0) for other in said) for name in pixel_grads}
-            scaled = [self.objective.coefficient(n, step, counts[n]) * grad for n, grad in pixel_grads.items()]
-            pixel_grads = {_MERGED: torch.stack(scaled).sum(0)} if scaled else {}
-        with clock.phase("backward"):
-            for left, (name, grad_B3HW) in zip(reversed(range(len(pixel_grads))), pixel_grads.items(), strict=True):
-                if self._sharded:
-                    self.processes.exchange("the backward pass")
-                gradient = self._differentiate(pixels_B3HW, self._parameters, grad_B3HW, keep_graph=left > 0)
-                sums.add_gradient(name, gradient)
 
     def _count_scores(self, samples: Sequence[Rollout], sums: TermSums, step: int) -> None:
         """Add what the samples scored to the report's means and counts of valid scores."""
         for name in self.objective.active_samples(step):
             for rollout in samples:
                 sums.add_score(name, rollout.scores[name])
-
-    def _velocity_of(self, image_size: tuple[int, int]) -> VelocityOf:
-        """How samples were drawn, to be done again: encode once, then a velocity for each graph."""
-
-        def encoded(examples: Sequence[Example]) -> Callable[[], VelocityFn]:
-            condition = self.policy.encode(examples)
-            return lambda: self._velocity(condition, "sample", image_size)
-
-        return encoded
-
-    def _velocity(self, condition: Condition, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:
-        return velocity_fn(self.policy, condition, mode=mode, image_size=image_size, precision=self.precision)
 
     def _count(self, applied: bool, finite: bool, *, culprits: Iterable[str], step: int) -> None:
         self.version += applied
@@ -366,16 +258,6 @@ class Learner:
         self.version = int(state["version"])
         self._nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
         self._skipped_steps = int(state["skipped_steps"])
-
-
-def _target(example: Example, image_size: tuple[int, int]) -> Tensor:
-    target = example.target
-    if target is None or tuple(target.shape) != (3, *image_size):
-        shape = None if target is None else list(target.shape)
-        raise ConfigError(
-            f"example '{example.id}': its target has shape {shape}, but rollout.image_size asks for {[3, *image_size]}"
-        )
-    return target
 
 
 def _not_finite(*values: Mapping[str, float]) -> list[str]:

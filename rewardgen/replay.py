@@ -17,21 +17,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewardgen.base_policy import BasePolicy
 from rewardgen.distributed import Processes
 from rewardgen.flow.advantage import Advantages, group_advantages
 from rewardgen.flow.loss import draw_times_and_noise
 from rewardgen.flow.stochastic import divergence, kernel, log_density
-from rewardgen.gradients import Gradient, TermSums
+from rewardgen.gradients import TermSums
 from rewardgen.measure import Clock
 from rewardgen.policy_gradient import POLICY_GRADIENT, GrpoConfig, NftConfig, clipped_loss, nft_loss
 from rewardgen.seeds import derive_seed
-from rewardgen.types import Example, Rollout, Score, StepReport, VelocityFn
-
-VelocityOf = Callable[[Sequence[Example]], Callable[[], VelocityFn]]
-"""Encodes examples; each call of what it returns makes a velocity under the present gradient mode."""
+from rewardgen.terms import Differentiated, VelocityOf
+from rewardgen.types import Rollout, Score, StepReport
 
 ValueOf = Callable[[Mapping[str, Score], Sequence[int]], Score]
 """What samples are worth by their scores, given their groups: `Objective.sample_values` at a step."""
@@ -206,28 +204,15 @@ class Replayer:
     """Plays replays and adds up the gradient of `mean(loss + beta * divergence)`, over samples and places.
 
     Args:
-        parameters: the trained ones.
+        model: the policy. With shared blocks every process goes through every replay, also one in which no sample
+            takes part.
         config: of the policy gradient.
-        differentiate: `gradients.differentiate`, or that of sharded parameters.
-        processes: all that make the step.
-        sharded: every process must go through every replay, also one in which no sample takes part.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        config: GrpoConfig | NftConfig,
-        *,
-        differentiate: Callable[..., Gradient],
-        processes: Processes,
-        sharded: bool,
-    ) -> None:
+    def __init__(self, model: Differentiated, config: GrpoConfig | NftConfig) -> None:
+        self.model = model
         self.config = config
-        self.base = BasePolicy(parameters) if config.beta else None
-        self._parameters = list(parameters.values())
-        self._differentiate = differentiate
-        self._processes = processes
-        self._sharded = sharded
+        self.base = BasePolicy(model.policy.trainable()) if config.beta else None
 
     def prepare(
         self,
@@ -242,7 +227,7 @@ class Replayer:
         Its velocities stay the same over a step's updates. See `replays_of` for the arguments.
         """
         everything = [rollout for batch in samples for rollout in batch]
-        replays = replays_of(everything, self.config, value, self._processes, grid)
+        replays = replays_of(everything, self.config, value, self.model.processes, grid)
         if self.base is not None:
             with torch.no_grad(), self.base.swapped_in():
                 for replay in self._played(replays):
@@ -251,7 +236,7 @@ class Replayer:
         rest = iter(replays)
         return [tuple(islice(rest, len(batch))) for batch in samples]
 
-    def play(self, replays: Sequence[Replay], velocity_of: VelocityOf, sums: TermSums, clock: Clock) -> None:
+    def add(self, replays: Sequence[Replay], velocity_of: VelocityOf, sums: TermSums, clock: Clock) -> None:
         """Add loss, number of samples taking part, and gradient of some replays to a step's sums."""
         sums.add(POLICY_GRADIENT, torch.zeros(()), 0)
         for replay in self._played(replays):
@@ -266,9 +251,7 @@ class Replayer:
                     total = chosen_B.sum() / len(replay)
                 sums.add(POLICY_GRADIENT, total, count if index == 0 else 0)
                 with clock.phase("backward"):
-                    if self._sharded:
-                        self._processes.exchange("the backward pass")
-                    sums.add_gradient(POLICY_GRADIENT, self._differentiate(total, self._parameters))
+                    sums.add_gradient(POLICY_GRADIENT, self.model.gradient(total))
 
     def metrics(self, replays: Sequence[Replay]) -> dict[str, float]:
         """Means over the samples that took part in the latest update, of all processes, and the share that did."""
@@ -278,7 +261,7 @@ class Replayer:
             for name, value in replay.seen.items():
                 seen[name] += value
             seen["taking_part"] += float(replay.taking_part_B.sum())
-        said = self._processes.exchange("what the samples were worth", dict(seen))
+        said = self.model.processes.exchange("what the samples were worth", dict(seen))
         total = {name: sum(other.get(name, 0.0) for other in said) for name in sorted({*chain(*said)})}
         share = total.pop("taking_part") / max(1.0, total.pop("drawn"))
         samples = total.pop("samples", 0.0)
@@ -286,7 +269,7 @@ class Replayer:
         return {f"{POLICY_GRADIENT}/{name}": value for name, value in {"taking_part": share, **means}.items()}
 
     def _played(self, replays: Sequence[Replay]) -> Iterator[Replay]:
-        return (replay for replay in replays if self._sharded or bool(replay.taking_part_B.any()))
+        return (replay for replay in replays if self.model.sharded or bool(replay.taking_part_B.any()))
 
 
 def merged(reports: Sequence[StepReport], seconds: Mapping[str, float]) -> StepReport:

@@ -81,7 +81,7 @@ def test_a_whole_step_agrees_with_the_counter(tmp_path: Path) -> None:
     """Recomputation stops early where nothing more is needed, so that the sum is an upper bound, and a close one."""
     policy = full_scale.make_policy(TOY, CPU, torch.float32)
     trainer = full_scale.make_trainer(policy, TOY, SIDE, tmp_path)
-    trainer.learner.precision = trainer.pool.worker.precision = "fp32"  # type: ignore[attr-defined]
+    trainer.learner._model.precision = trainer.pool.worker.precision = "fp32"  # type: ignore[attr-defined]
     trainer.step(0)
     with OperationCounter() as counted:
         trainer.step(1)

@@ -48,6 +48,7 @@ RANKS = {
     "rewardgen.plugins": 2,
     "rewardgen.reward_function": 2,
     "rewardgen.sources": 2,
+    "rewardgen.terms": 2,
     "rewardgen.rewards": 2,
     "rewardgen.policies": 2,
     "rewardgen.construct": 3,

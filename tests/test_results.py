@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WORLD = ROOT / "rewardgen" / "world" / "assets" / "world.json"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,13 @@ def test_the_table_is_what_the_cells_say(srl_table: ModuleType) -> None:
 @pytest.mark.parametrize("name", ["srl_tiny.md", "judge.md"])
 def test_readme_shows_the_measured_table(name: str) -> None:
     assert (RESULTS / name).read_text().strip() in (ROOT / "README.md").read_text()
+
+
+def test_the_gate_was_passed_by_the_bundled_faces() -> None:
+    gate, world = json.loads((RESULTS / "faces_gate.json").read_text()), json.loads(WORLD.read_text())
+    assert gate["files"] == {name: world[name]["files"] for name in ("people_vae", "detector", "embedder")}
+    assert gate["figures"]["recall"] >= 0.95
+    assert gate["figures"]["gap"] >= 0.4
 
 
 def test_a_cell_of_another_recipe_is_outdated(srl_table: ModuleType) -> None:
