@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import flops
 import full_scale
-from full_scale import TOY
+import full_scale_models as models
+from full_scale_models import TOY
 
 from rewardgen.gradients import differentiate
 from rewardgen.measure import OperationCounter
@@ -31,8 +32,8 @@ AS_COUNTED = {"attention_backward": 2.5}
 
 @pytest.mark.parametrize("references", [0, 1])
 def test_dit_formula_agrees_with_the_counter(references: int) -> None:
-    policy = full_scale.make_policy(TOY, CPU, torch.float32)
-    picture = full_scale.Pictures(SIDE, TOY.content_side).example
+    policy = models.make_policy(TOY, CPU, torch.float32)
+    picture = models.Pictures(SIDE, TOY.content_side).example
     example = Example(id="0", prompt=picture.prompt, content_refs=picture.content_refs[:references])
     condition = policy.encode([example])
     latents_BLC = noise_like_request(policy, [0], (SIDE, SIDE))
@@ -50,7 +51,7 @@ def test_dit_formula_agrees_with_the_counter(references: int) -> None:
 
 
 def test_vae_formulas_agree_with_the_counter() -> None:
-    policy = full_scale.make_policy(TOY, CPU, torch.float32)
+    policy = models.make_policy(TOY, CPU, torch.float32)
     expected = flops.vae(TOY.configs["vae"], (SIDE, 2 * SIDE), **AS_COUNTED)
     with OperationCounter() as encoding:
         clean_BLC = policy.encode_pixels(torch.rand(1, 3, SIDE, 2 * SIDE))
@@ -79,8 +80,8 @@ def test_csd_formula_agrees_with_the_counter() -> None:
 
 def test_a_whole_step_agrees_with_the_counter(tmp_path: Path) -> None:
     """Recomputation stops early where nothing more is needed, so that the sum is an upper bound, and a close one."""
-    policy = full_scale.make_policy(TOY, CPU, torch.float32)
-    trainer = full_scale.make_trainer(policy, TOY, SIDE, tmp_path)
+    policy = models.make_policy(TOY, CPU, torch.float32)
+    trainer = models.make_trainer(policy, TOY, SIDE, tmp_path)
     trainer.learner._model.precision = trainer.pool.worker.precision = "fp32"  # type: ignore[attr-defined]
     trainer.step(0)
     with OperationCounter() as counted:
@@ -102,7 +103,7 @@ def test_toy_runs_every_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     full_scale.main(["--toy", "--steps", "1", "--output", str(path)])
     result: dict[str, Any] = json.loads(path.read_text())
     table = capsys.readouterr().out
-    assert set(result["sizes"]) == {str(side) for side in full_scale.TOY_SIZES}
+    assert set(result["sizes"]) == {str(side) for side in models.TOY_SIZES}
     for found in result["sizes"].values():
         assert set(found["seconds_by_phase"]) == set(full_scale.PHASES)
         assert all(found["operations"]["model"][name] > 0 for name in full_scale.PHASES[1:-1])
