@@ -55,7 +55,7 @@ def pieces() -> dict[str, Piece]:
         "detector": Piece((detector.RECIPE,), ("people_vae",), (detector.FILE,), detector.build, drawn),
         "embedder": Piece((embedder.RECIPE,), ("people_vae",), (embedder.FILE,), embedder.build, drawn),
         "uno": Piece(
-            (uno_base.RECIPE,),
+            uno_base.STAGES,
             ("base", "encoders", "people_vae", "detector", "embedder"),
             tuple(f"{uno_base.FOLDER}/{name}" for name in ("transformer", *uno_base.COPIED)),
             uno_base.build,

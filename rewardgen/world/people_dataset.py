@@ -25,7 +25,8 @@ class TinyPeople:
 
     Identities of `held_out` never occur in `train` (see `people.draw_people`); within a split each occurs once.
     Training targets are imperfect: some people in them are only look-alikes (`lookalikes`). Held-out targets are true.
-    `extras` hold the true picture (`truth` [3, 96, 96]) and the places taken (`places` [6], bool).
+    `extras` hold the true picture (`truth` [3, 96, 96]), the places taken (`places` [6], bool) and each person's
+    (`place_of`, in the order of the references).
 
     Args:
         split: "train" or "held_out".
@@ -64,6 +65,7 @@ class TinyPeople:
         self._portraits = _bytes(portraits(wanted, base + 10)[0])
         truth, known, self._prompts = draw_groups(wanted, self._who_NK, base + 20)
         self._truth = _bytes(truth)
+        self._place_NK = known.place_NK
         self._places = (known.place_NK[:, :, None] == torch.arange(MAX_PEOPLE)).any(1)
         clean = split == "held_out" if clean_targets is None else clean_targets
         others = draw_people(len(wanted), base + 4, which)
@@ -80,7 +82,11 @@ class TinyPeople:
             prompt=self._prompts[index],
             identity_refs=tuple(self._portraits[row] / 255 for row in who_K[who_K >= 0].tolist()),
             target=self._target[index] / 255,
-            extras={"truth": self._truth[index] / 255, "places": self._places[index]},
+            extras={
+                "truth": self._truth[index] / 255,
+                "places": self._places[index],
+                "place_of": self._place_NK[index][who_K >= 0],
+            },
         )
 
 

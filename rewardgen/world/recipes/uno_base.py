@@ -1,15 +1,20 @@
 """The tiny UNO: a FLUX transformer that draws the people of several portraits into one picture, without any reward.
 
-Flow matching on groups of one to six people whose targets are imperfect (`people_dataset.lookalikes`), as in the
-synthetic data of multi-reference models. It starts from the tiny base, which knows the places and colours of prompts.
-Who stands where is not said, so the model has to settle it while it draws; that is where people get confused.
+It starts from the tiny base, which knows the colours of prompts. First it learns to copy: flow matching on the tokens
+of one person's place alone, beside the portrait, which takes a fraction of the tokens of a picture and spends all of
+them on a face. Then come whole groups of one to six people whose targets are imperfect (`people_dataset.lookalikes`),
+as in the synthetic data of multi-reference models. Who stands where is not said, so the model has to settle it while
+it draws; that is where people get confused.
+
+B batch, N pictures, K people of a picture, L tokens of a target, R of a portrait, C channels, T text tokens, D and Q
+widths of the text.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,17 +24,21 @@ from torch import Tensor
 from rewardgen.flow.loss import flow_matching_loss
 from rewardgen.flow.sampling import sample
 from rewardgen.flow.schedule import shift_times
+from rewardgen.policies.dit import dit_velocity
+from rewardgen.policies.packing import grid_ids
 from rewardgen.policies.uno import UnoPolicy
 from rewardgen.policy import noise_like_request
 from rewardgen.rewards.faces.encoder import FaceEncoder
 from rewardgen.rewards.faces.metrics import identity_report
-from rewardgen.types import Example
+from rewardgen.types import Example, VelocityFn
 from rewardgen.world.faces import MAX_PEOPLE, PORTRAIT, SIDE
 from rewardgen.world.people_dataset import TinyPeople
 from rewardgen.world.recipes import base, detector, embedder, people_vae
 from rewardgen.world.recipes.training import Recipe, fit
 
-RECIPE = Recipe(name="uno", version="1", steps=6000, batch=8, lr=1e-3, seed=801)
+CELLS = Recipe(name="uno-cells", version="1", steps=3500, batch=32, lr=1.2e-3, seed=802)
+GROUPS = Recipe(name="uno-groups", version="1", steps=4000, batch=8, lr=1e-3, seed=801)
+STAGES = (CELLS, GROUPS)
 FOLDER = "people"
 COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 """Parts of the tiny base that the folder `people` needs to be a whole pipeline."""
@@ -61,35 +70,98 @@ def load_policy(folder: Path) -> UnoPolicy:
     return policy_of(folder, transformer)
 
 
-def material(policy: UnoPolicy, pictures: int) -> list[tuple[TinyPeople, Tensor]]:
-    """For each number of people, examples and the latents of their targets."""
-    found = []
-    for people in range(1, MAX_PEOPLE + 1):
-        world = TinyPeople("train", pictures, seed=people, people=people)
-        batches = [range(i, min(i + 32, len(world))) for i in range(0, len(world), 32)]
-        latents = [policy.encode_pixels(base.targets([world[j] for j in batch])) for batch in batches]
-        found.append((world, torch.cat(latents)))
-    return found
+def latents_of(policy: UnoPolicy, pictures_N3HW: Tensor) -> Tensor:
+    """Packed latents [N, L, C]."""
+    return torch.cat([policy.encode_pixels(part) for part in pictures_N3HW.split(32)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """What is known of pictures with a certain number of people, encoded; `place_NK` in `faces.PLACES`."""
+
+    truth_NLC: Tensor
+    portraits_NKRC: Tensor
+    text_NTD: Tensor
+    pooled_NQ: Tensor
+    place_NK: Tensor
+
+
+def cells_of(policy: UnoPolicy, world: TinyPeople) -> Cells:
+    """Encode a world's true pictures, portraits and prompts."""
+    examples = [world[i] for i in range(len(world))]
+    known = policy.encode(examples)
+    return Cells(
+        truth_NLC=latents_of(policy, torch.stack([example.extras["truth"] for example in examples])),
+        portraits_NKRC=torch.stack([torch.stack([r.tokens_NP for r in refs]) for refs in known.references_B]),
+        text_NTD=torch.stack(known.text_B),
+        pooled_NQ=torch.stack(known.pooled_B),
+        place_NK=torch.stack([example.extras["place_of"] for example in examples]),
+    )
+
+
+def learn_to_copy(policy: UnoPolicy, worlds: Sequence[Cells], steps: int) -> list[float]:
+    """In place; returns the losses. A step has one place in the picture, and one in the row of references."""
+    model, rows, columns = policy.transformer, SIDE // policy.multiple, SIDE // policy.multiple
+    height, width = rows // 2, columns // 3  # of a place, in tokens
+    portrait = PORTRAIT // policy.multiple
+    grid = torch.arange(rows * columns).reshape(rows, columns)
+
+    def loss(step: int) -> Tensor:
+        rng = torch.Generator().manual_seed(CELLS.seed * 1_000_003 + step)
+        place, slot = (int(torch.randint(MAX_PEOPLE, (), generator=rng)) for _ in range(2))
+        row, column = place // 3 * height, place % 3 * width
+        inside_L = grid[row : row + height, column : column + width].flatten()
+        world = worlds[int(torch.randint(len(worlds), (), generator=rng))]
+        n, k = (world.place_NK == place).nonzero(as_tuple=True)
+        chosen_B = torch.randint(len(n), (CELLS.batch,), generator=rng)
+        n, k = n[chosen_B], k[chosen_B]
+        after = rows + slot * portrait
+        ids = [torch.zeros(world.text_NTD.shape[1], 3), grid_ids((height, width), (row, column))]
+        rotary = model.pos_embed(torch.cat([*ids, grid_ids((portrait, portrait), (after, after))]))
+
+        def velocity(x_BLC: Tensor, t_B: Tensor) -> Tensor:
+            return dit_velocity(
+                model,
+                latents_BLP=x_BLC,
+                references_BRP=world.portraits_NKRC[n, k],
+                style_BSH=torch.zeros(len(n), 0, model.inner_dim),
+                text_BTD=world.text_NTD[n],
+                pooled_BQ=world.pooled_NQ[n],
+                t_B=t_B,
+                guidance_B=torch.full((len(n),), policy.train_guidance),
+                rotary=rotary,
+            )
+
+        return denoising(velocity, world.truth_NLC[n][:, inside_L], rng)
+
+    policy.train()
+    losses = fit(policy, loss, CELLS, steps)
+    policy.eval()
+    return losses
+
+
+def denoising(velocity: VelocityFn, clean_BLC: Tensor, rng: torch.Generator) -> Tensor:
+    """The flow-matching loss at times that lean towards noise."""
+    times_T = shift_times(torch.linspace(1, 0.001, 1000), MU)
+    noise_BLC = torch.randn(clean_BLC.shape, generator=rng)
+    t_B = times_T[torch.randint(len(times_T), (len(clean_BLC),), generator=rng)]
+    value: Tensor = flow_matching_loss(velocity, clean_BLC, noise_BLC, t_B).mean()
+    return value
 
 
 def train(policy: UnoPolicy, worlds: Sequence[tuple[TinyPeople, Tensor]], steps: int) -> list[float]:
-    """In place; returns the losses."""
-    times_T = shift_times(torch.linspace(1, 0.001, 1000), MU)
+    """Whole groups, in place; returns the losses."""
 
     def loss(step: int) -> Tensor:
-        rng = torch.Generator().manual_seed(RECIPE.seed * 1_000_003 + step)
+        rng = torch.Generator().manual_seed(GROUPS.seed * 1_000_003 + step)
         world, latents_NLC = worlds[int(torch.multinomial(torch.tensor(OFTEN), 1, generator=rng))]
-        index_B = torch.randint(len(world), (RECIPE.batch,), generator=rng)
+        index_B = torch.randint(len(world), (GROUPS.batch,), generator=rng)
         examples = [shuffled(world[i], rng) for i in index_B.tolist()]
-        clean_BLC = latents_NLC[index_B]
-        noise_BLC = torch.randn(clean_BLC.shape, generator=rng)
-        t_B = times_T[torch.randint(len(times_T), (RECIPE.batch,), generator=rng)]
         velocity = policy.velocity_fn(policy.encode(examples), mode="train", image_size=SIZE)
-        value: Tensor = flow_matching_loss(velocity, clean_BLC, noise_BLC, t_B).mean()
-        return value
+        return denoising(velocity, latents_NLC[index_B], rng)
 
     policy.train()
-    losses = fit(policy, loss, RECIPE, steps)
+    losses = fit(policy, loss, GROUPS, steps)
     policy.eval()
     return losses
 
@@ -129,10 +201,13 @@ def identity_figures(folder: Path, policy: UnoPolicy, pictures: int = 16) -> dic
 def build(folder: Path, steps_factor: float) -> dict[str, float]:
     """Train, save a whole pipeline folder in half precision, and report the identity metrics of what it draws."""
     transformer = FluxTransformer2DModel.from_pretrained(folder / "base" / "transformer", torch_dtype=torch.float32)
-    torch.manual_seed(RECIPE.seed)
+    torch.manual_seed(CELLS.seed)
     policy = policy_of(folder, transformer, "transformer")
-    worlds = material(policy, max(RECIPE.batch, round(PICTURES * min(1.0, steps_factor))))
-    train(policy, worlds, RECIPE.scaled(steps_factor))
+    pictures = max(CELLS.batch, round(PICTURES * min(1.0, steps_factor)))
+    worlds = [TinyPeople("train", pictures, seed=people, people=people) for people in range(1, MAX_PEOPLE + 1)]
+    learn_to_copy(policy, [cells_of(policy, world) for world in worlds], CELLS.scaled(steps_factor))
+    targets = [latents_of(policy, base.targets([world[i] for i in range(len(world))])) for world in worlds]
+    train(policy, list(zip(worlds, targets, strict=True)), GROUPS.scaled(steps_factor))
     transformer.to(torch.float16).save_pretrained(folder / FOLDER / "transformer")
     for name in COPIED:
         shutil.copytree(folder / "base" / name, folder / FOLDER / name, dirs_exist_ok=True)

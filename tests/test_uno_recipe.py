@@ -1,0 +1,48 @@
+"""The tiny UNO's training material: whose place is whose, and the lesson on single places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+from rewardgen.policies.uno import UnoPolicy
+from rewardgen.rewards.faces.encoder import FaceEncoder
+from rewardgen.world.build import ASSETS
+from rewardgen.world.faces import MAX_PEOPLE
+from rewardgen.world.people_dataset import TinyPeople
+from rewardgen.world.recipes import detector, embedder, uno_base
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def policy() -> UnoPolicy:
+    transformer = FluxTransformer2DModel.from_pretrained(ASSETS / "base" / "transformer", torch_dtype=torch.float32)
+    return uno_base.policy_of(ASSETS, transformer, "transformer")
+
+
+def test_everybody_stands_where_the_dataset_says() -> None:
+    """By the bundled detector and face network: the face at a person's place is the one on their portrait."""
+    world = TinyPeople("held_out", 8, seed=3, people=4)
+    examples = [world[i] for i in range(len(world))]
+    encoder = FaceEncoder(detector.load(ASSETS), embedder.load(ASSETS), crop_size=embedder.CONFIG.image_size)
+    seen = encoder.compare(torch.stack([example.extras["truth"] for example in examples]), examples, one_each=True)
+    right = total = 0
+    for example, faces, (wanted_MD, drawn_ND) in zip(examples, seen.found, seen.pairs(), strict=True):
+        middle_N2 = (faces.boxes_N4[:, :2] + faces.boxes_N4[:, 2:]) / 2
+        place_N = (middle_N2[:, 1] > 48).long() * 3 + (middle_N2[:, 0] / 32).long().clamp(0, 2)
+        for nearest, place in zip((wanted_MD @ drawn_ND.T).argmax(1), example.extras["place_of"], strict=True):
+            right, total = right + int(place_N[nearest] == place), total + 1
+    assert right / total > 0.9
+
+
+def test_the_lesson_on_places_learns(policy: UnoPolicy) -> None:
+    worlds = [uno_base.cells_of(policy, TinyPeople("train", 24, seed=people, people=people)) for people in (4, 6)]
+    assert [world.portraits_NKRC.shape[:3] for world in worlds] == [(24, 4, 25), (24, 6, 25)]
+    assert all(world.truth_NLC.shape == (24, 144, 32) for world in worlds)
+    assert bool(((worlds[1].place_NK.sort(1).values) == torch.arange(MAX_PEOPLE)).all())
+    before = policy.transformer.x_embedder.weight.clone()
+    losses = uno_base.learn_to_copy(policy, worlds, 12)
+    assert sum(losses[6:]) < sum(losses[:6])
+    assert not torch.equal(before, policy.transformer.x_embedder.weight)
