@@ -152,7 +152,8 @@ def test_measuring_changes_neither_value_nor_gradient_and_leaves_nothing_behind(
     before = result()
     with measured(reward) as watch:
         between = result()
-    assert all(watch.take()[name] > 0 for name in ("alignment", "warp", "matching", "face network"))
+    seconds = watch.take()
+    assert all(seconds[name] > 0 for name in ("alignment", "warp", "matching", "face network"))
     assert all(torch.equal(a, b) for a, b in zip(before, between, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, result(), strict=True))
     assert watch.take()["warp"] == 0

@@ -13,25 +13,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-def _benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
+import umo_table
 
 
 @pytest.fixture(scope="module")
 def srl_table() -> ModuleType:
-    return _benchmark("srl_table")
-
-
-@pytest.fixture(scope="module")
-def umo_table() -> ModuleType:
-    return _benchmark("umo_table")
+    spec = importlib.util.spec_from_file_location("srl_table", ROOT / "benchmarks" / "srl_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_cell_of_the_headline_table_is_current(srl_table: ModuleType) -> None:
@@ -56,7 +50,7 @@ def test_a_cell_of_another_recipe_is_outdated(srl_table: ModuleType) -> None:
     assert srl_table.key_of(experiment) == srl_table.key_of(experiment.model_copy(update={"name": "another"}))
 
 
-def test_committed_cells_of_umos_table_are_current(umo_table: ModuleType) -> None:
+def test_committed_cells_of_umos_table_are_current() -> None:
     """As many as there are: none yet is as good as all of them, one of an older recipe is not."""
     plans = [umo_table.plan(arm, seed) for arm in umo_table.ARMS for seed in umo_table.shared.SEEDS]
     known = {plan.path: plan.key for plan in plans} | {umo_table.CELLS / "base.json": umo_table.base_key(plans[0])}
@@ -64,7 +58,7 @@ def test_committed_cells_of_umos_table_are_current(umo_table: ModuleType) -> Non
     assert found == {path: known.get(path) for path in found}
 
 
-def test_umos_table_is_what_its_cells_say(umo_table: ModuleType) -> None:
+def test_umos_table_is_what_its_cells_say() -> None:
     plans = [umo_table.plan(arm, seed) for arm in umo_table.ARMS for seed in umo_table.shared.SEEDS]
     whole = all(plan.path.is_file() for plan in plans)
     assert umo_table.TABLE.is_file() == whole
