@@ -230,7 +230,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _interval(found: Change, digits: int, *, percent: bool = False) -> str:
     value, low, high = (f"{x * (100 if percent else 1):+.{digits}f}" for x in (found.value, found.low, found.high))
-    return f"{value} %" * percent + value * (not percent) + f" [{low}, {high}]"
+    return f"{value}{' %' if percent else ''} [{low}, {high}]"
 
 
 def _whole(found: Change, digits: int, *, percent: bool = False) -> str:
