@@ -50,17 +50,22 @@ def test_a_cell_of_another_recipe_is_outdated(srl_table: ModuleType) -> None:
     assert srl_table.key_of(experiment) == srl_table.key_of(experiment.model_copy(update={"name": "another"}))
 
 
-def test_committed_cells_of_umos_table_are_current() -> None:
+@pytest.fixture(scope="module")
+def umo_plans() -> list[umo_table.Plan]:
+    return [umo_table.plan(arm, seed) for arm in umo_table.ARMS for seed in umo_table.shared.SEEDS]
+
+
+def test_committed_cells_of_umos_table_are_current(umo_plans: list[umo_table.Plan]) -> None:
     """As many as there are: none yet is as good as all of them, one of an older recipe is not."""
-    plans = [umo_table.plan(arm, seed) for arm in umo_table.ARMS for seed in umo_table.shared.SEEDS]
-    known = {plan.path: plan.key for plan in plans} | {umo_table.CELLS / "base.json": umo_table.base_key(plans[0])}
+    known = {plan.path: plan.key for plan in umo_plans}
+    known[umo_table.CELLS / "base.json"] = umo_table.base_key(umo_plans[0])
     found = {path: umo_table.shared.read(path)["key"] for path in umo_table.CELLS.glob("*.json")}
     assert found == {path: known.get(path) for path in found}
 
 
-def test_umos_table_is_what_its_cells_say() -> None:
-    plans = [umo_table.plan(arm, seed) for arm in umo_table.ARMS for seed in umo_table.shared.SEEDS]
-    whole = all(plan.path.is_file() for plan in plans)
+def test_umos_table_is_what_its_cells_say(umo_plans: list[umo_table.Plan]) -> None:
+    whole = all(plan.path.is_file() for plan in umo_plans)
     assert umo_table.TABLE.is_file() == whole
     if whole:
-        assert umo_table.render(plans, [umo_table.shared.read(p.path) for p in plans]) == umo_table.TABLE.read_text()
+        cells = [umo_table.shared.read(plan.path) for plan in umo_plans]
+        assert umo_table.render(umo_plans, cells) == umo_table.TABLE.read_text()
