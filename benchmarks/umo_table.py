@@ -80,7 +80,7 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 }
 AS_LOUD = MAX_PEOPLE / sum(1 / people for people in range(1, MAX_PEOPLE + 1))
 """Perfect matches among n people are worth 1 / n officially and 1 by matches; this is how much more on average."""
-SECONDS_PER_EVALUATION = 0.02
+SECONDS_PER_EVALUATION = 0.035
 """A guess for the ledger only: longer sequences than in `baselines.py`, and rewards that look for faces."""
 
 
