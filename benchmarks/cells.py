@@ -34,14 +34,20 @@ def load(seed: int, overrides: Sequence[str] = (), examples: int = 200, path: Pa
     return load_experiment(path, "tiny", [*common, *overrides])
 
 
-def key_of(experiment: Experiment, **more: Any) -> str:
-    """What a cell's numbers depend on: the experiment (not how it reports and saves), the world's files, and `more`."""
+def key_of(experiment: Experiment, *, of_the_world: Sequence[str] = PIECES, **more: Any) -> str:
+    """What a cell's numbers depend on: the experiment (not how it reports and saves), the files of the world's pieces
+    that it reads (none yet of one that is not bundled), and `more`."""
     settings = {k: v for k, v in experiment.model_dump(mode="json").items() if k not in ("name", "report", "flavors")}
     settings["train"] = {k: v for k, v in settings["train"].items() if k not in SAVING}
-    pieces = json.loads((ASSETS / "world.json").read_text())
-    world = {name: pieces[name]["files"] for name in PIECES}
+    world = files_of(of_the_world)
     everything = [settings, world, more] if more else [settings, world]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def files_of(pieces: Sequence[str]) -> dict[str, Any]:
+    """The hashes of the files of the world's pieces, None of one that is not bundled."""
+    bundled = json.loads((ASSETS / "world.json").read_text())
+    return {name: bundled[name]["files"] if name in bundled else None for name in pieces}
 
 
 def is_current(path: Path, key: str) -> bool:

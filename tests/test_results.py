@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import umo_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,3 +56,24 @@ def test_a_cell_of_another_recipe_is_outdated(srl_table: ModuleType) -> None:
     other = experiment.model_copy(update={"seed": 7})
     assert srl_table.key_of(experiment) != srl_table.key_of(other)
     assert srl_table.key_of(experiment) == srl_table.key_of(experiment.model_copy(update={"name": "another"}))
+
+
+@pytest.fixture(scope="module")
+def umo_plans() -> list[umo_table.Plan]:
+    return [umo_table.plan(arm, seed) for arm in umo_table.ARMS for seed in umo_table.shared.SEEDS]
+
+
+def test_committed_cells_of_umos_table_are_current(umo_plans: list[umo_table.Plan]) -> None:
+    """As many as there are: none yet is as good as all of them, one of an older recipe is not."""
+    known = {plan.path: plan.key for plan in umo_plans}
+    known[umo_table.CELLS / "base.json"] = umo_table.base_key(umo_plans[0])
+    found = {path: umo_table.shared.read(path)["key"] for path in umo_table.CELLS.glob("*.json")}
+    assert found == {path: known.get(path) for path in found}
+
+
+def test_umos_table_is_what_its_cells_say(umo_plans: list[umo_table.Plan]) -> None:
+    whole = all(plan.path.is_file() for plan in umo_plans)
+    assert umo_table.TABLE.is_file() == whole
+    if whole:
+        cells = [umo_table.shared.read(plan.path) for plan in umo_plans]
+        assert umo_table.render(umo_plans, cells) == umo_table.TABLE.read_text()

@@ -110,9 +110,7 @@ def compare(
         both_N = before.valid_B & after.valid_B
         all_N = both_N & truth.valid_B if truth else torch.zeros_like(both_N)
         change = after.value_B[both_N] - before.value_B[both_N]
-        interval = (
-            student(change, confidence) if method == "t" else _mean_bootstrap(change, confidence, resamples, seed)
-        )
+        interval = student(change, confidence) if method == "t" else bootstrap(change, confidence, resamples, seed)
         gap = None
         if truth:
             three = (before.value_B[all_N], after.value_B[all_N], truth.value_B[all_N])
@@ -243,7 +241,8 @@ def student(change_N: Tensor, confidence: float) -> Interval | None:
     return Interval(value=mean, low=mean - half, high=mean + half)
 
 
-def _mean_bootstrap(change_N: Tensor, confidence: float, resamples: int, seed: int) -> Interval | None:
+def bootstrap(change_N: Tensor, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval | None:
+    """Mean and percentile bootstrap interval of paired differences."""
     if not len(change_N):
         return None
     mean = float(change_N.mean())
