@@ -367,16 +367,12 @@ def render(result: dict[str, Any]) -> str:
     rows.append(f"| **at a random instant, all** | {result['times']} | **{result['exact']}** |")
     rows += [f"| {death['where']} | 1 | {exact([death])} |" for death in result["points"]]
     rows.append(f"| **at a named point of the write, all** | {len(result['points'])} | **{result['exact_points']}** |")
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"`python benchmarks/kill.py --times {result['times']} --seed {result['seed']}`: toy policy, {NUM_STEPS}"
-            " steps, accumulation 2, warm-up, average of the weights, `keep_best`. Each run was then resumed to its"
-            f" end; {twice} of those at random instants were killed once more on the way.",
-            "",
-        ]
+    note = (
+        f"`python benchmarks/kill.py --times {result['times']} --seed {result['seed']}`: toy policy, {NUM_STEPS} steps,"
+        " accumulation 2, warm-up, average of the weights, `keep_best`. Each run was then resumed to its end;"
+        f" {twice} of those at random instants were killed once more on the way."
     )
+    return "\n".join([*rows, "", note, ""])
 
 
 def exact(deaths: Sequence[dict[str, Any]]) -> int:
