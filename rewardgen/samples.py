@@ -4,9 +4,9 @@ Each example of a micro-batch is drawn `num_generations` times, one time in each
 micro-batch once more with other seeds, so that the learner's memory holds no more pictures at a time than it does for
 any other term, and a group of samples stays with the process that has the example.
 
-Pictures are rounded to 8 bits where they are drawn, in the learner's process too: a judge sees what a picture file would
-hold, as the judges of Flow-GRPO's release do, and what travels to one on another machine is one byte per value without
-changing a score.
+Pictures are rounded to 8 bits where they are drawn, in the learner's process too. So a judge sees what a file of the
+picture would hold, as the judges of Flow-GRPO's release do, and a picture travels to a judge in another process as one
+byte per value without changing its score.
 """
 
 from __future__ import annotations

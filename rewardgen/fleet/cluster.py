@@ -165,8 +165,8 @@ def nothing_came(seconds: float, group: Group) -> FleetError:
     free = {name: value for name, value in ray.available_resources().items() if name in ("CPU", "GPU")}
     left = ", ".join(f"{value:g} {name}" for name, value in sorted(free.items())) or "nothing"
     return FleetError(
-        f"{group.section}: there was no worker for {seconds:g} s (fleet.start_timeout_seconds): one needs {group.needs};"
-        f" the cluster has {describe(alive())}, of which {left} free"
+        f"{group.section}: there was no worker for {seconds:g} s (fleet.start_timeout_seconds): one needs"
+        f" {group.needs}; the cluster has {describe(alive())}, of which {left} free"
     )
 
 
