@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from rewardgen.build import train
 from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
 from rewardgen.config import load_experiment
+from rewardgen.distributed import Processes
 from rewardgen.errors import ConfigError
 from rewardgen.fleet.inline import InlinePool
 from rewardgen.fleet.payload import Packed
@@ -30,7 +32,7 @@ from rewardgen.samples import sample_requests, submit_samples
 from rewardgen.scoring import ScoringWorker
 from rewardgen.trainer import TrainConfig, Trainer
 from rewardgen.types import Rollout, StepReport
-from rewardgen.workers import ray_judges
+from rewardgen.workers import ray_judges, ray_workers
 from tests.fleet_workers import (
     PATIENCE,
     Broken,
@@ -332,6 +334,29 @@ def test_an_experiment_trains_the_same_on_workers_and_judges(experiment: Path, t
     assert inline.keys() == fleet.keys()
     assert all(torch.equal(inline[name], fleet[name]) for name in inline)
     assert '"judges/workers": 1.0' in (tmp_path / "fleet" / "metrics.jsonl").read_text()
+
+
+def test_a_judge_is_made_of_the_rewards_alone_and_what_they_occupy_is_counted(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr("rewardgen.fleet.ray_pool.RayPool", lambda *args, **rest: made.append((*args, rest)))
+    overrides = ["fleet=ray", "fleet.workers=13", "fleet.min_workers=1", "fleet.staleness=1", "fleet.max_tries=5"]
+    loaded = load_experiment(experiment, overrides=[*overrides, "fleet.judges={workers: 4, cpus_per_worker: 0.1}"])
+    with pytest.warns(UserWarning, match="of 13 workers no more than 12 are ever busy: a step draws 6 micro-batches"):
+        ray_workers(loaded, Processes())
+    ray_judges(loaded)
+    (factory, config, rest) = made[1]
+    assert (config.workers, config.cpus_per_worker, config.min_workers, config.max_tries) == (4, 0.1, 1, 5)
+    assert (rest["section"], rest["beside"].section, rest["beside"].number) == ("fleet.judges", "fleet", 1)
+    assert b"ToyJudge" in pickle.dumps(factory)
+    assert b"ToyPolicy" not in pickle.dumps(factory)
+    worker = factory()
+    assert isinstance(worker, ScoringWorker)
+    assert worker.rewards["judge"].fail_ids == {"toy-002"}
+    assert ray_judges(load_experiment(experiment)) is None
+    without = load_experiment(experiment, overrides=["fleet=ray"])
+    assert "judges" not in without.model_dump()["fleet"], "experiments that say nothing of them are dumped as before"
 
 
 @pytest.mark.parametrize(
