@@ -196,12 +196,12 @@ def run(
         reporter=reports,
         scoring=scoring or InlinePool(ScoringWorker(learner.objective.sampled)),
     )
-    step = trainer.step
+    inner = trainer.step
 
-    def observed(number: int) -> StepReport:
-        report = step(number)
+    def observed(step: int) -> StepReport:
+        report = inner(step)
         if after_step is not None:
-            after_step(number)
+            after_step(step)
         return report
 
     trainer.step = observed  # type: ignore[method-assign]

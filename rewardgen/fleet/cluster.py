@@ -104,11 +104,11 @@ def first_line(error: object) -> str:
 def require_room(group: Group, beside: Group | None = None) -> None:
     """Refuse workers for which the cluster has no room at all, which Ray would wait for in silence.
 
-    What others hold at the moment counts as room: it comes free. What this run holds itself does not.
+    What other runs hold at the moment counts as room: it comes free.
 
     Args:
         group: the workers.
-        beside: others of this run, which must have their room as well.
+        beside: others of this run, which hold theirs to its end.
 
     Raises:
         ConfigError: what is asked for, and what the nodes have.
