@@ -37,7 +37,7 @@ from rewardgen.scoring import ScoringWorker
 from rewardgen.sharding import ShardedPolicy, spread
 from rewardgen.trainer import Dataset, Trainer, choose_device
 from rewardgen.types import Example
-from rewardgen.workers import inline_workers, ray_workers
+from rewardgen.workers import inline_workers, ray_judges, ray_workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +137,9 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
     remote = ray_workers(experiment, processes)  # they load their weights while this process does
     if remote is not None:
         stack.enter_context(closing(remote))
+    judges = ray_judges(experiment)
+    if judges is not None:
+        stack.enter_context(closing(judges))
     parts = assemble(experiment, processes)
     pool = remote or inline_workers(experiment, parts.policy)
     if processes.is_first:
@@ -173,7 +176,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
         reporter=reporter,
         evaluate=evaluate_now,
         evaluate_every=experiment.evaluation.every,
-        scoring=InlinePool(ScoringWorker(parts.learner.objective.sampled)),
+        scoring=judges or InlinePool(ScoringWorker(parts.learner.objective.sampled)),
     )
     first = trainer.resume() if resume and has_checkpoints(trainer.checkpoints) else 0
     command = resume_command(experiment, folder, processes.size)

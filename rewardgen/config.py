@@ -324,8 +324,8 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
             yield "objective.policy_gradient.window", str(error)
         if experiment.rollout.buckets is not None:
             yield "rollout.buckets", "samples (objective.policy_gradient) are drawn in one size; leave out one of both"
-        if experiment.fleet.pool != "inline":
-            yield "fleet.pool", "samples (objective.policy_gradient) are scored in the learner's process; use inline"
+    if not sampled and "judges" in experiment.fleet.model_fields_set:
+        yield "fleet.judges", "no reward scores samples (objective.policy_gradient): there is nothing to judge"
     if set(objective.rewards) & set(experiment.evaluation.witnesses):
         shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
         yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"

@@ -241,7 +241,7 @@ class _Screen:
         rewards = [f"{name} {value:.4f}" for name, value in report.reward_means.items()]
         reason = "nothing to learn from" if math.isfinite(report.grad_norm) else "gradient not finite"
         skipped = [f"skipped: {reason}"] if report.skipped else []
-        fleet = _fleet(report.metrics)
+        fleet = [*_fleet(report.metrics, "fleet", "workers"), *_fleet(report.metrics, "judges", "judges")]
         return "  ".join([f"loss {report.loss:.4f}", *rewards, f"{seconds:.2f} s/step", *fleet, *skipped])
 
 
@@ -262,14 +262,14 @@ def _door(name: Literal["wandb", "tensorboard"]) -> Callable[..., Any]:
         raise UserError(f"report.{name} is asked for, but {name} cannot be imported ({error}): {fix}") from None
 
 
-def _fleet(metrics: Mapping[str, float]) -> list[str]:
-    """The fleet in a few words, where there is one; what went wrong only where something did."""
-    if "fleet/workers" not in metrics:
+def _fleet(metrics: Mapping[str, float], pool: str, who: str) -> list[str]:
+    """A pool in a few words, where there is one; what went wrong only where something did."""
+    if f"{pool}/workers" not in metrics:
         return []
-    number, busy = metrics["fleet/workers"], metrics["fleet/busy_share"]
-    lost, retries = metrics["fleet/lost_workers"], metrics["fleet/retries"]
+    number, busy = metrics[f"{pool}/workers"], metrics[f"{pool}/busy_share"]
+    lost, retries = metrics[f"{pool}/lost_workers"], metrics[f"{pool}/retries"]
     trouble = f", {lost:.0f} lost, {retries:.0f} retries" if lost or retries else ""
-    return [f"{number:.0f} workers {100 * busy:.0f} % busy, {metrics['fleet/queue_depth']:.0f} queued{trouble}"]
+    return [f"{number:.0f} {who} {100 * busy:.0f} % busy, {metrics[f'{pool}/queue_depth']:.0f} queued{trouble}"]
 
 
 def _run_id(folder: Path) -> str:

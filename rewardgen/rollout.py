@@ -130,6 +130,8 @@ class RolloutWorker:
             if request.keep_steps:
                 steps_SBLC = torch.stack([kept[step] for step in request.keep_steps])
             pixels_B3HW = self.policy.decode(entry_BLC, request.image_size).clamp(0, 1) if request.decode else None
+            if pixels_B3HW is not None and request.eight_bit:
+                pixels_B3HW = to_eight_bit(pixels_B3HW)
         return Rollout(
             examples=request.examples,
             trajectory=Trajectory(
@@ -177,6 +179,16 @@ def _copy(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
         for name, target in targets.items():
             if target.data_ptr() != sources[name].data_ptr():
                 target.copy_(sources[name])
+
+
+def to_eight_bit(pixels_B3HW: Tensor) -> Tensor:
+    """Pictures in [0, 1] rounded to the nearest k / 255, in float32: what a file of 8 bits per channel would hold.
+
+    The values are the same on every device. What is not finite stays so.
+    """
+    levels_B3HW = (pixels_B3HW.float() * 255).round()
+    # By a tensor of its device: on a GPU a plain number would be a product with 1 / 255, off by a last bit.
+    return levels_B3HW / levels_B3HW.new_tensor(255.0)
 
 
 def device_of(policy: Policy) -> torch.device:

@@ -3,6 +3,10 @@
 Each example of a micro-batch is drawn `num_generations` times, one time in each of as many requests: a request is the
 micro-batch once more with other seeds, so that the learner's memory holds no more pictures at a time than it does for
 any other term, and a group of samples stays with the process that has the example.
+
+Pictures are rounded to 8 bits where they are drawn, in the learner's process too. So a judge sees what a file of the
+picture would hold, as the judges of Flow-GRPO's release do, and a picture travels to a judge in another process as one
+byte per value without changing its score.
 """
 
 from __future__ import annotations
@@ -55,6 +59,7 @@ def sample_requests(
                 num_steps=rollout.num_steps,
                 stop_step=rollout.num_steps,
                 decode=True,
+                eight_bit=True,
                 stochastic=stochastic,
                 group_B=tuple(place for place, _ in batch),
             )

@@ -239,6 +239,8 @@ class Trainer:
     def _figures(self, drawn: Sequence[Rollout]) -> dict[str, float]:
         """The fleet's figures, and by how many updates what was drawn lags behind where it may."""
         figures = {f"fleet/{name}": value for name, value in self.pool.figures().items()}
+        if self.scoring is not None:
+            figures |= {f"judges/{name}": value for name, value in self.scoring.figures().items()}
         if drawn and self._ahead.staleness:
             figures["fleet/staleness"] = float(self.learner.version - drawn[0].policy_version)
         return figures

@@ -148,6 +148,7 @@ class RolloutRequest:
         num_steps: denoising steps T of the whole schedule.
         stop_step: steps to take without gradient; T draws the whole picture.
         decode: also decode the final latents into pixels (needs `stop_step == num_steps`).
+        eight_bit: round these pixels to k / 255 in float32, as they would be in a file.
         stochastic: steps that draw noise of their own; all of them must lie before `stop_step`.
         group_B: group of each example, see `Rollout`.
         keep_steps: keep the states before these steps too, each at most `stop_step`; not with stochastic steps.
@@ -160,6 +161,7 @@ class RolloutRequest:
     num_steps: int
     stop_step: int
     decode: bool = False
+    eight_bit: bool = False
     stochastic: Stochastic | None = None
     group_B: tuple[int, ...] = ()
     keep_steps: tuple[int, ...] = ()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from rewardgen.fleet.replica import Surroundings
+from rewardgen.reward import RewardWarning
 from rewardgen.rollout import RolloutWorker, Weights
-from rewardgen.types import Example, Rollout, RolloutRequest
-from tests.toys import ToyPolicy
+from rewardgen.scoring import ScoringWorker
+from rewardgen.types import Example, Rollout, RolloutRequest, Score
+from tests.toys import ToyJudge, ToyPolicy
 
 T = TypeVar("T")
 
@@ -157,6 +160,37 @@ class Hostile:
         entry_BLC.zero_()  # its own copy: nobody else may notice
         refs_B = torch.stack([example.style_refs[0].sum() for example in rollout.examples])
         return [example.id for example in rollout.examples], total_B + refs_B, rollout.examples
+
+
+class Touchy(ToyJudge):
+    """A judge that warns of what it fails at, and does what files in a folder say, in whatever process it is.
+
+    `die` kills the process that finds it, once; `raise` makes every score an error.
+    """
+
+    def __init__(self, folder: Path, fail_ids: Sequence[str] = ()) -> None:
+        super().__init__(fail_ids)
+        self.folder = folder
+
+    def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+        with suppress(FileNotFoundError):
+            (self.folder / "die").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self.folder / "raise").exists():
+            raise NoRoomError("for doubts")
+        for example in examples:
+            if example.id in self.fail_ids:
+                warnings.warn(f"no opinion of {example.id}", RewardWarning, stacklevel=2)
+        return super().score(pixels_B3HW, examples)
+
+
+@dataclass(frozen=True)
+class JudgeFactory:
+    folder: Path
+    fail_ids: tuple[str, ...] = ()
+
+    def __call__(self) -> ScoringWorker:
+        return ScoringWorker({"judge": Touchy(self.folder, self.fail_ids)})
 
 
 def processes_below(pid: int, name: str = "") -> set[int]:

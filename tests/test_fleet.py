@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rewardgen.checkpoint import load_checkpoint
 from rewardgen.errors import CheckpointError, ConfigError
-from rewardgen.fleet.cluster import Needs, describe, room
+from rewardgen.fleet.cluster import Group, Needs, describe, room
 from rewardgen.fleet.dispatch import Dispatcher, Task
 from rewardgen.fleet.inline import InlinePool
 from rewardgen.fleet.payload import ALIGNMENT, Known, examples_in, pack, unpack
@@ -237,6 +238,34 @@ def test_cancelled_tasks_are_not_run_and_the_end_leaves_nobody_waiting() -> None
 )
 def test_room_is_counted_node_by_node(nodes: list[dict[str, float]], needs: Needs, expected: float) -> None:
     assert room(nodes, needs) == expected
+
+
+NEEDS = st.builds(Needs, cpus=st.sampled_from([0.0, 0.5, 1.0, 2.0]), gpus=st.sampled_from([0.0, 0.5, 1.0]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.fixed_dictionaries({"CPU": st.integers(0, 4), "GPU": st.integers(0, 2)}), max_size=3),
+    NEEDS,
+    NEEDS,
+    st.integers(0, 5),
+)
+def test_room_beside_others_is_the_best_of_all_ways_to_place_them(
+    nodes: list[dict[str, float]], needs: Needs, theirs: Needs, number: int
+) -> None:
+    found = room(nodes, needs, Group(section="fleet", number=number, needs=theirs))
+    if theirs.nothing or needs.nothing:
+        assert found == room(nodes, needs)
+        return
+    ways = []
+    for counts in itertools.product(range(number + 1), repeat=len(nodes)):
+        left = [
+            {"CPU": node["CPU"] - count * theirs.cpus, "GPU": node["GPU"] - count * theirs.gpus}
+            for node, count in zip(nodes, counts, strict=True)
+        ]
+        if sum(counts) == number and all(min(node.values()) >= 0 for node in left):
+            ways.append(room(left, needs))
+    assert found == max(ways, default=0)
 
 
 def test_nodes_are_told_in_words() -> None:
@@ -474,6 +503,7 @@ def test_a_word_stands_for_the_pool(tmp_path: Path, lines: str, overrides: list[
         (["fleet=ray", "fleet.wokers=2"], r"fleet\.wokers \(override\): unknown key\. Did you mean 'workers'"),
         (["fleet=ray", "train.strategy=fsdp"], "a sharded model draws its own rollouts"),
         (["fleet.staleness=1", "train.strategy=fsdp"], "a sharded model draws its own rollouts"),
+        (["fleet=ray", "fleet.judges.workers=2"], r"fleet\.judges \(override\): no reward scores samples"),
     ],
 )
 def test_what_the_fleet_cannot_be_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:

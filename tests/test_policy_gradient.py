@@ -609,7 +609,6 @@ def test_an_experiment_says_what_cannot_be_before_anything_is_read() -> None:
         ("objective.policy_gradient.epsilom=0.1", r"policy_gradient\.epsilom.*unknown key.*epsilon"),
         ("objective.policy_gradient.kind=ppo", "policy_gradient"),
         ("rollout.buckets=[[64, 64], [32, 64]]", "rollout.buckets.*drawn in one size"),
-        ("fleet=ray", "fleet.pool.*scored in the learner's process"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_experiment(EXPERIMENT, None, [override])

@@ -300,8 +300,9 @@ def test_the_console_tells_of_the_fleet_and_of_losses_where_there_were_any(tmp_p
         reporter.step(report_of(0))
         reporter.step(report_of(1, metrics={f"fleet/{name}": value for name, value in figures.items()}))
         lost = figures | {"lost_workers": 2.0, "retries": 1.0}
-        reporter.step(report_of(2, metrics={f"fleet/{name}": value for name, value in lost.items()}))
+        judges = {f"judges/{name}": value for name, value in (figures | {"workers": 2.0}).items()}
+        reporter.step(report_of(2, metrics={f"fleet/{name}": value for name, value in lost.items()} | judges))
     first, second, third = shown.getvalue().splitlines()
     assert "workers" not in first
     assert second.endswith("8 workers 50 % busy, 3 queued")
-    assert third.endswith("8 workers 50 % busy, 3 queued, 2 lost, 1 retries")
+    assert third.endswith("8 workers 50 % busy, 3 queued, 2 lost, 1 retries  2 judges 50 % busy, 3 queued")

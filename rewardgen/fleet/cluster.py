@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rewardgen.errors import ConfigError
-from rewardgen.fleet.pool import FleetConfig, FleetError
+from rewardgen.fleet.pool import FleetError
 
 _STARTS = 3
 """Times that Ray is started on this machine: it gives its processes 30 s to come up, which a busy one may not have."""
@@ -21,8 +23,28 @@ class Needs:
     cpus: float = 1.0
     gpus: float = 0.0
 
+    @property
+    def nothing(self) -> bool:
+        """Whether there is room for any number."""
+        return not (self.cpus or self.gpus)
+
     def __str__(self) -> str:
         return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Workers of one kind that must find room at the start.
+
+    Args:
+        section: of the experiment, which says so.
+        number: how many.
+        needs: what each reserves.
+    """
+
+    section: str
+    number: int
+    needs: Needs
 
 
 def load_ray() -> Any:
@@ -79,22 +101,27 @@ def first_line(error: object) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def require_room(config: FleetConfig, needs: Needs) -> None:
+def require_room(group: Group, beside: Group | None = None) -> None:
     """Refuse workers for which the cluster has no room at all, which Ray would wait for in silence.
 
-    What others hold at the moment counts as room: it comes free.
+    What other runs hold at the moment counts as room: it comes free.
+
+    Args:
+        group: the workers.
+        beside: others of this run, which hold theirs to its end.
 
     Raises:
         ConfigError: what is asked for, and what the nodes have.
     """
-    wanted = config.workers if config.min_workers is None else config.min_workers
     nodes = alive()
-    found = room(nodes, needs)
-    if found < wanted:
+    found = room(nodes, group.needs, beside)
+    if found < group.number:
+        section = group.section
+        others = f" beside {beside.section}.workers, {beside.number} of {beside.needs}" if beside else ""
         raise ConfigError(
-            f"fleet.workers: {wanted} workers of {needs} each do not fit, the cluster has room for {int(found)}:"
-            f" {describe(nodes)}; ask for fewer workers, or less for each (fleet.cpus_per_worker,"
-            " fleet.gpus_per_worker), or let the rest join later (fleet.min_workers)"
+            f"{section}.workers: {group.number} workers of {group.needs} each do not fit{others}, the cluster has room"
+            f" for {int(found)}: {describe(nodes)}; ask for fewer workers, or less for each ({section}.cpus_per_worker,"
+            f" {section}.gpus_per_worker), or let the rest join later (fleet.min_workers)"
         )
 
 
@@ -104,9 +131,26 @@ def alive() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def room(nodes: Iterable[Mapping[str, float]], needs: Needs) -> float:
-    """Workers that fit on nodes; infinity where they need nothing."""
-    return sum(_on_node(node, needs) for node in nodes)
+def room(nodes: Iterable[Mapping[str, float]], needs: Needs, beside: Group | None = None) -> float:
+    """Workers that fit on nodes; infinity where they need nothing.
+
+    With others beside them, the most that fit however those are spread over the nodes; 0 where those alone do not fit.
+    """
+    if beside is None or needs.nothing or beside.needs.nothing:
+        return sum(_on_node(node, needs) for node in nodes)
+    # After each node: how many fit at best, by how many of the others have their room already.
+    best = np.full(beside.number + 1, -np.inf)
+    best[0] = 0.0
+    for node in nodes:
+        after = best + _on_node(node, needs)
+        for number in range(1, min(beside.number, int(_on_node(node, beside.needs))) + 1):
+            rest = {
+                "CPU": node.get("CPU", 0.0) - number * beside.needs.cpus,
+                "GPU": node.get("GPU", 0.0) - number * beside.needs.gpus,
+            }
+            after[number:] = np.maximum(after[number:], best[:-number] + _on_node(rest, needs))
+        best = after
+    return max(0.0, float(best[-1]))
 
 
 def describe(nodes: Iterable[Mapping[str, float]]) -> str:
@@ -115,14 +159,14 @@ def describe(nodes: Iterable[Mapping[str, float]]) -> str:
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "no nodes"
 
 
-def nothing_came(seconds: float, needs: Needs) -> FleetError:
+def nothing_came(seconds: float, group: Group) -> FleetError:
     """What to say when there was no worker for so long."""
     ray = load_ray()
     free = {name: value for name, value in ray.available_resources().items() if name in ("CPU", "GPU")}
     left = ", ".join(f"{value:g} {name}" for name, value in sorted(free.items())) or "nothing"
     return FleetError(
-        f"there was no worker for {seconds:g} s (fleet.start_timeout_seconds): one needs {needs}; the cluster has"
-        f" {describe(alive())}, of which {left} free"
+        f"{group.section}: there was no worker for {seconds:g} s (fleet.start_timeout_seconds): one needs"
+        f" {group.needs}; the cluster has {describe(alive())}, of which {left} free"
     )
 
 

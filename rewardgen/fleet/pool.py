@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 from pydantic import Field, model_validator
 
 from rewardgen.errors import UserError
-from rewardgen.settings import SparseSettings
+from rewardgen.settings import Settings, SparseSettings
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -21,12 +21,24 @@ class FleetError(UserError):
     """The fleet cannot do what it was asked for: no worker came up, or a request cost every worker that tried it."""
 
 
+class JudgesConfig(Settings):
+    """Who scores samples (`objective.policy_gradient`) where the fleet draws them. Each has all rewards that do."""
+
+    workers: int = Field(default=1, ge=1)
+    """Number of judges."""
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    """CPUs that each judge reserves."""
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    """GPUs that each judge reserves: 0.5 shares one between two, 0 is for judges that only ask a service. Null: one
+    where the learner has a GPU, else none."""
+
+
 class FleetConfig(SparseSettings):
     """Where rollouts are drawn. In an experiment the word alone, `fleet: ray`, stands for `fleet: {pool: ray}`."""
 
     sparse: ClassVar[frozenset[str]] = frozenset(
         {"workers", "min_workers", "address", "cpus_per_worker", "gpus_per_worker", "threads_per_worker"}
-        | {"deadline_seconds", "max_tries", "start_timeout_seconds"}
+        | {"deadline_seconds", "max_tries", "start_timeout_seconds", "judges"}
     )
 
     pool: Literal["inline", "ray"] = "inline"
@@ -54,6 +66,9 @@ class FleetConfig(SparseSettings):
     """Ray: workers that one request may cost before the run stops with an error that names it."""
     start_timeout_seconds: float = Field(default=900.0, gt=0)
     """Ray: how long there may be no worker at all before the run stops."""
+    judges: JudgesConfig = JudgesConfig()
+    """Ray: a pool of their own for the rewards that score samples. Threads, deadline, tries and patience are those
+    above, and where `min_workers` is set no more judges than that must fit at the start either."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -62,6 +77,17 @@ class FleetConfig(SparseSettings):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, more than workers, which is {self.workers}")
         return self
+
+    @property
+    def first_workers(self) -> int:
+        """Workers that the cluster must have room for at the start."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    def for_judges(self) -> FleetConfig:
+        """The same cluster and the same patience, for the judges."""
+        judges = self.judges.model_dump()
+        fewest = None if self.min_workers is None else min(self.min_workers, self.judges.workers)
+        return self.model_copy(update=judges | {"min_workers": fewest})
 
 
 class Handle(ABC, Generic[T]):

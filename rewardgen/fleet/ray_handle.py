@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rewardgen.fleet import cluster
 from rewardgen.fleet.dispatch import Task
 from rewardgen.fleet.payload import Packed, examples_in, pack, unpack
 from rewardgen.fleet.pool import FleetConfig, FleetError, Handle
+from rewardgen.reward import RewardWarning
 from rewardgen.types import Example
 
 T = TypeVar("T")
@@ -38,12 +40,22 @@ class RayHandle(Handle[T]):
         ref: where it is.
         examples: those of the request, which the value refers to.
         task: what it is the result of, and makes it anew should it be lost; None for what was put.
+        told: what rewards warned of while it was made, on another machine; said again to whoever brings it here.
     """
 
-    def __init__(self, pool: Maker, ref: Any, *, examples: Sequence[Example] = (), task: Task | None = None) -> None:
+    def __init__(
+        self,
+        pool: Maker,
+        ref: Any,
+        *,
+        examples: Sequence[Example] = (),
+        task: Task | None = None,
+        told: Sequence[str] = (),
+    ) -> None:
         self.ref = ref
         self.examples = examples
         self.task = task
+        self.told = told
         self._pool = pool
         self._lock = threading.Lock()
         self._restoring: Future[Any] | None = None
@@ -64,6 +76,8 @@ class RayHandle(Handle[T]):
                 self.restore(ref).result()
             else:
                 value: T = unpack(packed, self.examples, device=self._pool.device)
+                for message in self.told:
+                    warnings.warn(message, RewardWarning, stacklevel=2)
                 return value
         raise FleetError(f"{self._about}: what came of it was lost {config.max_tries} times; the last: {reason}")
 

@@ -57,6 +57,8 @@ class RayPool:
             dataclass of plain data.
         config: how many workers, and the patience with them.
         needs: what each reserves.
+        section: of the experiment, which asks for them.
+        beside: other workers of this run, which must have room on the cluster as well.
         device: where `Handle.get` puts tensors.
 
     Raises:
@@ -69,15 +71,18 @@ class RayPool:
         config: FleetConfig,
         *,
         needs: cluster.Needs | None = None,
+        section: str = "fleet",
+        beside: cluster.Group | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.config = config
         self.size = config.workers
         self.needs = needs or cluster.Needs(cpus=config.cpus_per_worker, gpus=config.gpus_per_worker or 0.0)
+        self._group = cluster.Group(section=section, number=config.first_workers, needs=self.needs)
         self.device = device
         self._connected = cluster.connect(config.address)
         try:
-            cluster.require_room(config, self.needs)
+            cluster.require_room(self._group, beside)
         except BaseException:
             self._disconnect()
             raise
@@ -242,7 +247,7 @@ class RayPool:
             task = self._dispatcher.finish(member, now)
             examples = [example for arg in task.args for example in arg.examples]
             # Not the task itself: with its future, which holds the handle, it would keep the payload for long.
-            task.future.set_result(RayHandle(self, out, examples=examples, task=task.anew()))
+            task.future.set_result(RayHandle(self, out, examples=examples, task=task.anew(), told=done.result()))
         elif isinstance(error, self._ray.exceptions.ObjectLostError):  # comes as a RayTaskError too
             self._restore(self._dispatcher.finish(member, now), error)
         elif isinstance(error, self._ray.exceptions.RayTaskError):
@@ -293,7 +298,7 @@ class RayPool:
         for member in self._dispatcher.overdue(now):
             self._replace(member, f"it did not answer within {self.config.deadline_seconds:g} s")
         if self._alone_since is not None and now - self._alone_since >= self.config.start_timeout_seconds:
-            raise cluster.nothing_came(self.config.start_timeout_seconds, self.needs)
+            raise cluster.nothing_came(self.config.start_timeout_seconds, self._group)
 
     def _patience(self) -> float | None:
         """Seconds until the clock matters; None as long as it does not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 import rewardgen
 from rewardgen.fleet.payload import Packed, examples_in, pack, unpack
+from rewardgen.reward import RewardWarning
 from rewardgen.types import Example
 
 
@@ -80,7 +82,7 @@ class Replica:
     def ping(self) -> None:
         """Answered by whoever is alive."""
 
-    def call(self, method: str, attached: Sequence[Packed | None], *args: Packed) -> tuple[None, Packed]:
+    def call(self, method: str, attached: Sequence[Packed | None], *args: Packed) -> tuple[tuple[str, ...], Packed]:
         """Call a method of the worker.
 
         Args:
@@ -90,8 +92,8 @@ class Replica:
             args: its arguments.
 
         Returns:
-            Two objects of the store. The first says that the call is done; the second stays where it is until
-            somebody reads it. Examples that came with the call are left out.
+            Two objects of the store. The first says that the call is done, and what rewards warned of meanwhile; the
+            second stays where it is until somebody reads it. Examples that came with the call are left out.
         """
         values: list[Any] = []
         examples: list[Example] = []
@@ -99,4 +101,8 @@ class Replica:
             own = None if companion is None else unpack(companion)
             values.append(unpack(arg, own or ()))
             examples += examples_in(values[-1]) if own is None else own
-        return None, pack(getattr(self._worker, method)(*values), examples)
+        with warnings.catch_warnings(record=True) as caught:
+            packed = pack(getattr(self._worker, method)(*values), examples)
+        for other in (warning for warning in caught if not issubclass(warning.category, RewardWarning)):
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+        return tuple(str(warning.message) for warning in caught if issubclass(warning.category, RewardWarning)), packed
