@@ -56,7 +56,7 @@ class TermSums:
         self.counts[name] = self.counts.get(name, 0) + count
 
     def add_score(self, name: str, score: Score) -> None:
-        """Note a reward's own values and what it reports beside them, and which were valid, in order of the examples."""
+        """Note a reward's own values, what it reports beside them, and which were valid, in order of the examples."""
         self.valid.setdefault(name, []).extend(score.valid_B.tolist())
         self.scores[name] = self.scores.get(name, ScoreSums()) + ScoreSums.of(score)
 

@@ -74,7 +74,7 @@ class JudgeServer:
         self.log: list[tuple[str, Fault | None]] = []
         self.bodies: list[dict[str, Any]] = []
         self.in_flight = self.peak = 0
-        self.retry_after: str | None | Callable[[str], str | None] = None
+        self.retry_after: str | Callable[[str], str | None] | None = None
 
     @property
     def url(self) -> str:

@@ -36,7 +36,7 @@ from rewardgen.world.witness import (
     unrelated_distances,
 )
 
-NOT_BUILT = {"people_vae", "detector", "embedder", "uno"}
+NOT_BUILT = {"judge", "people_vae", "detector", "embedder", "uno"}
 """Pieces that have a recipe but are not bundled yet; the one to bundle them empties this set."""
 
 pytestmark = pytest.mark.filterwarnings("ignore")
