@@ -43,8 +43,8 @@ from rewardgen.world.similarity import style_similarity
 from rewardgen.world.tiny_vlm import CLIP_MEAN, CLIP_STD, tiny_llava
 
 EYES = Recipe(name="judge-eyes", version="2", steps=500, batch=64, lr=1.5e-3, seed=505)
-COMPARING = Recipe(name="judge-comparing", version="1", steps=900, batch=32, lr=1e-3, seed=507)
-ANSWERS = Recipe(name="judge", version="2", steps=500, batch=32, lr=3e-4, seed=506)
+COMPARING = Recipe(name="judge-comparing", version="1", steps=1200, batch=32, lr=1e-3, seed=507)
+ANSWERS = Recipe(name="judge", version="2", steps=400, batch=32, lr=3e-4, seed=506)
 STAGES = (EYES, COMPARING, ANSWERS)
 LESSONS = 200
 """Batches made beforehand for the first two stages and gone through several times."""
