@@ -96,7 +96,8 @@ def teach_comparing(judge: LocalModel, lessons: Sequence[Lesson], steps: int) ->
         log_p_PV = out.logits[:, -1].log_softmax(-1)
         wanted_P = torch.sigmoid((truth_P - HALFWAY) / SOFTNESS)
         said_P = wanted_P * log_p_PV[:, yes].logsumexp(-1) + (1 - wanted_P) * log_p_PV[:, no].logsumexp(-1)
-        return F.mse_loss(reader(out.hidden_states[-2][:, -1]), codes_PC) - said_P.mean()
+        total: Tensor = F.mse_loss(reader(out.hidden_states[-2][:, -1]), codes_PC) - said_P.mean()
+        return total
 
     def loss(step: int) -> Tensor:
         lesson = lessons[step % len(lessons)]
