@@ -113,22 +113,23 @@ def make_table(
     ledger: Callable[[Sequence[CellT], Sequence[CellT]], str],
     run_cell: Callable[[CellT, Path], None],
     render: Callable[[Sequence[CellT], Sequence[Mapping[str, Any]]], str],
+    seeds: Sequence[int] = SEEDS,
 ) -> None:
     """The command of a table of arms and seeds: say what is missing, train it cell by cell, write the table."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--arm", action="append", choices=list(arms), help="only this arm (may be repeated)")
-    parser.add_argument("--seed", action="append", type=int, choices=SEEDS, help="only this seed (may be repeated)")
+    parser.add_argument("--seed", action="append", type=int, choices=seeds, help="only this seed (may be repeated)")
     parser.add_argument("--check", action="store_true", help="only say whether the committed cells are current")
     parser.add_argument("--runs", type=Path, default=Path("runs") / table.stem, help="where training runs go")
     arguments = parser.parse_args()
-    plans = [plan(arm, seed) for seed in arguments.seed or SEEDS for arm in arguments.arm or arms]
+    plans = [plan(arm, seed) for seed in arguments.seed or seeds for arm in arguments.arm or arms]
     outdated = [cell for cell in plans if not is_current(cell.path, cell.key)]
     print(ledger(plans, outdated), flush=True)
     if arguments.check:
         raise SystemExit(1 if outdated else 0)
     for cell in outdated:
         run_cell(cell, arguments.runs)
-    whole = [plan(arm, seed) for arm in arms for seed in SEEDS]
+    whole = [plan(arm, seed) for arm in arms for seed in seeds]
     missing = [cell for cell in whole if not is_current(cell.path, cell.key)]
     if missing:
         print("no table yet, missing: " + "; ".join(f"{cell.arm}, seed {cell.seed}" for cell in missing))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from rewardgen.errors import CheckpointError
 from rewardgen.settings import Settings
+from rewardgen.types import Score
 
 DECAY = 0.99
 """Of a step's weight in the running moments with each later step: about the last hundred steps count."""
@@ -62,16 +63,59 @@ class MultiplierConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreSums:
-    """The valid scores of one reward over a whole step: their number, sum and sum of squares."""
+    """The valid scores of one reward over a whole step: their number, sum and sum of squares.
+
+    `metrics` and `counts` are of what the reward reports beside them (`Score`): of each metric the sum over valid
+    examples and the number of these, in batches that reported it; of each count the sum.
+    """
 
     count: int = 0
     total: float = 0.0
     squares: float = 0.0
+    metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, score: Score) -> Self:
+        """Of one batch."""
+        chosen = score.value_B.detach()[score.valid_B]
+        number = chosen.numel()
+        return cls(
+            count=number,
+            total=float(chosen.sum()),
+            squares=float(chosen.double().square().sum()),
+            metrics={name: (float(mean) * number, number) for name, mean in score.metrics.items()} if number else {},
+            counts={name: float(value) for name, value in score.counts.items()},
+        )
 
     def __add__(self, other: ScoreSums) -> ScoreSums:
+        metrics, counts = dict(self.metrics), dict(self.counts)
+        for name, (total, number) in other.metrics.items():
+            known = metrics.get(name, (0.0, 0))
+            metrics[name] = (known[0] + total, known[1] + number)
+        for name, value in other.counts.items():
+            counts[name] = counts.get(name, 0.0) + value
         return ScoreSums(
-            count=self.count + other.count, total=self.total + other.total, squares=self.squares + other.squares
+            count=self.count + other.count,
+            total=self.total + other.total,
+            squares=self.squares + other.squares,
+            metrics=metrics,
+            counts=counts,
         )
+
+    def extras(self) -> dict[str, float]:
+        """What the reward reported beside its scores, by name in alphabetical order: means and counts."""
+        means = {name: total / number for name, (total, number) in self.metrics.items()}
+        return dict(sorted((means | dict(self.counts)).items()))
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Self:
+        """Of `to_json()`."""
+        return cls(**{**said, "metrics": {name: (float(t), int(n)) for name, (t, n) in said["metrics"].items()}})
 
 
 class Constraint:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +56,9 @@ class TermSums:
         self.counts[name] = self.counts.get(name, 0) + count
 
     def add_score(self, name: str, score: Score) -> None:
-        """Note a reward's own values, and which were valid, in the order of the examples."""
+        """Note a reward's own values, what it reports beside them, and which were valid, in order of the examples."""
         self.valid.setdefault(name, []).extend(score.valid_B.tolist())
-        chosen = score.value_B.detach()[score.valid_B]
-        squares = float(chosen.double().square().sum())
-        sums = ScoreSums(count=chosen.numel(), total=float(chosen.sum()), squares=squares)
-        self.scores[name] = self.scores.get(name, ScoreSums()) + sums
+        self.scores[name] = self.scores.get(name, ScoreSums()) + ScoreSums.of(score)
 
     def valid_counts(self) -> dict[str, int]:
         """Examples with a target, under the name of that term, and valid scores of each reward."""
@@ -97,7 +94,7 @@ class TermSums:
             Which scores of each reward were valid, in the order of the examples of all processes.
         """
         mine = {"values": self.values, "counts": self.counts, "valid": self.valid, "gradients": list(self.gradients)}
-        mine |= {"scores": {n: [of.count, of.total, of.squares] for n, of in self.scores.items()}}
+        mine |= {"scores": {name: of.to_json() for name, of in self.scores.items()}}
         said = processes.exchange(topic, mine)
         terms = [name for name in counted_by if any(name in other["counts"] for other in said)]
         self.values = {name: sum(other["values"].get(name, 0.0) for other in said) for name in terms}
@@ -111,13 +108,12 @@ class TermSums:
                 processes.sum_([grad for parameter, grad in pairs if not is_shard(parameter)])
                 self.gradients[name] = gradient
         scored = [name for name in counted_by if any(name in other["valid"] for other in said)]
-        self.scores = {name: _added(other["scores"].get(name, (0, 0.0, 0.0)) for other in said) for name in scored}
+        self.scores = {name: _added(other["scores"].get(name) for other in said) for name in scored}
         return {name: [flag for other in said for flag in other["valid"].get(name, [])] for name in scored}
 
 
-def _added(parts: Iterable[tuple[int, float, float]]) -> ScoreSums:
-    sums = (ScoreSums(count=count, total=total, squares=squares) for count, total, squares in parts)
-    return sum(sums, ScoreSums())
+def _added(parts: Iterable[Mapping[str, Any] | None]) -> ScoreSums:
+    return sum((ScoreSums.from_json(said) for said in parts if said is not None), ScoreSums())
 
 
 def weighted_sum(gradients: Mapping[str, Gradient], coefficients: Mapping[str, float]) -> Gradient:

@@ -214,11 +214,13 @@ class Objective:
         self._learned.update(sums, step)
 
     def metrics(self, sums: Mapping[str, ScoreSums], step: int) -> dict[str, float]:
-        """What changes from step to step, as it was in this one: multipliers, bounds, slacks, moments, weights."""
+        """What a step has to say beside its terms: multipliers, bounds, slacks, moments and weights as they were in it,
+        and what rewards reported (`Score.metrics`, `Score.counts`) as `reward/NAME/WHAT`, over all processes."""
         terms: dict[str, FlowMatchingConfig | TermConfig] = {FLOW_MATCHING: self.config.flow_matching}
         terms |= self.config.rewards
         scheduled = {f"weight/{name}": term.weight_at(step) for name, term in terms.items() if term.schedule}
-        return self._learned.metrics(sums) | scheduled
+        told = {f"reward/{name}/{what}": value for name, of in sums.items() for what, value in of.extras().items()}
+        return self._learned.metrics(sums) | scheduled | told
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""

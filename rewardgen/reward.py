@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import chain
 from typing import ClassVar
 
@@ -53,7 +53,7 @@ def score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example], *, e
         raise ScoringError(f"{name} is used with a gradient but its value does not depend on the pixels")
     finite_B = torch.isfinite(result.value_B.detach())
     valid_B = result.valid_B.to(device=finite_B.device, dtype=torch.bool) & finite_B
-    return Score(value_B=result.value_B, valid_B=valid_B, metrics=result.metrics)
+    return dataclasses.replace(result, valid_B=valid_B)
 
 
 CHECK_TOLERANCE = 1e-5
@@ -168,7 +168,7 @@ def _score_keeping_inputs(reward: Reward, pixels: Tensor, examples: Sequence[Exa
     """Score for the first time: many changes in place change nothing more the second time."""
     inputs = {"the pictures": pixels}
     for example in examples:
-        for field in fields(example):
+        for field in dataclasses.fields(example):
             value = getattr(example, field.name)
             for index, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
                 if isinstance(tensor, Tensor):

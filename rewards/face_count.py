@@ -49,5 +49,5 @@ class FaceCountReward(Reward):
         return Score(
             value_B=-chosen_B.float(),
             valid_B=torch.tensor([len(wanted) > 0 for wanted in seen.wanted]),
-            metrics=seen.counts(),
+            counts=seen.counts(),
         )

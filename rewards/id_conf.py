@@ -47,5 +47,4 @@ class IdConfReward(Reward):
         ]
         value_B = torch.tensor([100 * sum(some) / max(len(some), 1) for some in values])
         valid_B = torch.tensor([len(some) > 0 for some in values])
-        coverage = {"id_conf_coverage": float(valid_B.float().mean())}
-        return Score(value_B=value_B, valid_B=valid_B, metrics=seen.counts() | coverage)
+        return Score(value_B=value_B, valid_B=valid_B, counts=seen.counts())

@@ -49,5 +49,5 @@ class IdSimReward(Reward):
         return Score(
             value_B=torch.stack([value_M.mean() for value_M in values]),
             valid_B=torch.tensor([len(value_M) > 0 for value_M in values]),
-            metrics=seen.counts(),
+            counts=seen.counts(),
         )

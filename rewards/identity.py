@@ -22,7 +22,7 @@ class IdentityReward(Reward):
     `matching` is for. Where the faces are carries no gradient, nor do the references; each is embedded once.
 
     An example is valid if it has an identity reference, each of them shows a face, and the picture shows one.
-    `metrics` counts over the batch: `faces`, pictures with `no_face`, examples with an `unreadable_reference`.
+    `counts` are over the batch: `faces`, pictures with `no_face`, examples with an `unreadable_reference`.
 
     Args:
         faces: detector and face network.
@@ -56,4 +56,4 @@ class IdentityReward(Reward):
             ]
         )
         valid_B = torch.tensor(applies, device=value_B.device) & value_B.detach().isfinite()
-        return Score(value_B=value_B, valid_B=valid_B, metrics=seen.counts())
+        return Score(value_B=value_B, valid_B=valid_B, counts=seen.counts())

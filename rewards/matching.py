@@ -66,7 +66,7 @@ class MatchingReward(Reward):
     or reference without a face scores 0 and is averaged in; here it is not valid.
 
     An example is valid if it has an identity reference, each of them shows a face, and the picture shows one (or
-    `miss` is on). `metrics` counts over the batch: `faces`, `missing_faces` (references without a partner),
+    `miss` is on). `counts` are over the batch: `faces`, `missing_faces` (references without a partner),
     `extra_faces` (faces without one), pictures with `no_face`, examples with an `unreadable_reference`.
 
     **The miss term** costs each reference without a partner `miss * (1 - c) / M`. A count alone would have no gradient,
@@ -155,11 +155,11 @@ class MatchingReward(Reward):
 
         applies = [m > 0 and (n > 0 or self.miss > 0) for m, n in zip(num_wanted, num_drawn, strict=True)]
         valid_B = torch.tensor(applies, device=value_B.device) & value_B.detach().isfinite()
-        metrics = seen.counts() | {
+        counts = seen.counts() | {
             "missing_faces": float(sum(num_wanted) - sum(num_matched)),
             "extra_faces": float(sum(extra)),
         }
-        return Score(value_B=value_B, valid_B=valid_B, metrics=metrics)
+        return Score(value_B=value_B, valid_B=valid_B, counts=counts)
 
 
 def missing_cost(

@@ -28,7 +28,7 @@ class VlmJudge(Reward):
     is an answer and nothing else. Every other reply and every failed call leaves its picture without a valid score.
     The first failure of each kind is told in a `RewardWarning`, with its reason.
 
-    `Score.metrics` counts pictures: `by_logprob`, `by_text`, `from_cache`, `failed`, `not_applicable`; and calls:
+    `Score.counts` counts pictures: `by_logprob`, `by_text`, `from_cache`, `failed`, `not_applicable`; and calls:
     `attempts`, and the failed ones by kind (`rate_limited`, `timeout`, `server_error`, `connection`, `nonsense`,
     `refused`).
 
@@ -113,7 +113,7 @@ class VlmJudge(Reward):
         return Score(
             value_B=torch.tensor(values, dtype=torch.float32, device=device),
             valid_B=torch.tensor([answer is not None for answer in answers], device=device),
-            metrics={**_count(outcomes), "not_applicable": float(len(put) - len(asked))},
+            counts={**_count(outcomes), "not_applicable": float(len(put) - len(asked))},
         )
 
     def _warn(self, outcomes: Sequence[Outcome]) -> None:

@@ -54,6 +54,7 @@ class JudgeServer:
         plan: the faults.
         key: the bearer token it wants, None for none.
         rubric: answer with a number 0-4 in place of yes and no.
+        named: what a question is called in `plan`, `calls` and `log`, given the request; asked for each call in turn.
     """
 
     def __init__(
@@ -64,13 +65,16 @@ class JudgeServer:
         plan: FaultPlan = no_faults,
         key: str | None = None,
         rubric: bool = False,
+        named: Callable[[Any], str] = digest,
     ) -> None:
         self.logprobs, self.refuses, self.plan, self.key, self.rubric = logprobs, refuses, plan, key, rubric
+        self.named = named
         self.calls: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.log: list[tuple[str, Fault | None]] = []
         self.bodies: list[dict[str, Any]] = []
         self.in_flight = self.peak = 0
-        self.retry_after: str | None = None
+        self.retry_after: str | Callable[[str], str | None] | None = None
 
     @property
     def url(self) -> str:
@@ -107,8 +111,10 @@ class JudgeServer:
                     more = message.get("more_body", False)
                 body = json.loads(content)
                 code = digest(body)
-                fault = self.plan(code, self.calls[code])
-                self.calls[code] += 1
+                name = self.named(body)
+                fault = self.plan(name, self.calls[name])
+                self.calls[name] += 1
+                self.log.append((name, fault))
                 self.bodies.append(body)
 
                 async def again() -> Any:
@@ -118,7 +124,8 @@ class JudgeServer:
                     await app(scope, again, send)
                 else:
                     self.faults[fault] += 1
-                    await _fail(fault, send, code, self.retry_after)
+                    after = self.retry_after(name) if callable(self.retry_after) else self.retry_after
+                    await _fail(fault, send, code, after)
             finally:
                 self.in_flight -= 1
 

@@ -116,11 +116,17 @@ class PatchyDataset(ToyDataset):
 
 
 class NoisyReward(ToyReward):
-    """Draws from the global generator, as a plug-in may."""
+    """Draws from the global generator, as a plug-in may, and reports the mean of the examples' numbers."""
 
     def score(self, pixels_B3HW: Tensor, examples: Any) -> Score:
         score = super().score(pixels_B3HW, examples)
-        return dataclasses.replace(score, value_B=score.value_B * (1 + torch.rand(len(examples))))
+        number = sum(int(e.id[-3:]) for e, valid in zip(examples, score.valid_B, strict=True) if valid)
+        return dataclasses.replace(
+            score,
+            value_B=score.value_B * (1 + torch.rand(len(examples))),
+            metrics={"number": number / max(1, int(score.valid_B.sum()))},
+            counts={"asked": len(examples)},
+        )
 
 
 class Reports(list[StepReport]):

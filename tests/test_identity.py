@@ -115,7 +115,7 @@ def test_what_cannot_be_scored_is_masked_counted_and_gives_no_gradient(reward):
     pixels = torch.stack([scene(PEOPLE[1:2], GRID[:1])] * 4).requires_grad_()
     score = reward.score(pixels, examples)
     assert score.valid_B.tolist() == [True, False, False, False]
-    assert score.metrics == {"faces": 3, "no_face": 1, "unreadable_reference": 1}
+    assert score.counts == {"faces": 3, "no_face": 1, "unreadable_reference": 1}
     (grad,) = torch.autograd.grad(score.value_B.sum(), pixels)
     assert bool((grad[0] != 0).any())
     assert bool((grad[1:] == 0).all())

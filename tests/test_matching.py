@@ -258,7 +258,7 @@ class TestReward:
         pixels = torch.stack([scene(PEOPLE[:2], GRID[:2])] * 4).requires_grad_()
         score = reward.score(pixels, examples)
         assert score.valid_B.tolist() == [True, False, False, False]
-        assert score.metrics == {
+        assert score.counts == {
             "faces": 5,
             "no_face": 1,
             "unreadable_reference": 1,
@@ -306,7 +306,7 @@ class TestReferences:
         )
         one = MatchingReward(linear_encoder(), references="one_each").score(portrait[None], [example])
         both = reward.score(portrait[None], [example])
-        assert (one.metrics["missing_faces"], both.metrics["missing_faces"]) == (0, 1)
+        assert (one.counts["missing_faces"], both.counts["missing_faces"]) == (0, 1)
         people = reward.faces.references(example)[0]
         drawn = reward.faces.compare(portrait[None], [example], one_each=True).drawn[0]
         assert float(one.value_B) == pytest.approx(float(people[0] @ drawn[0]), abs=1e-12)

@@ -204,7 +204,7 @@ class TestCalls:
             found = score(reward, pictures(6), examples(6), enable_grad=False)
         assert torch.allclose(found.value_B, believed(reward, pictures(6), examples(6)), atol=1e-6)
         assert found.valid_B.all()
-        assert (found.metrics["by_logprob"], found.metrics["by_text"], found.metrics["attempts"]) == (6, 0, 6)
+        assert (found.counts["by_logprob"], found.counts["by_text"], found.counts["attempts"]) == (6, 0, 6)
         body = server.bodies[0]
         assert (body["model"], body["temperature"], body["logprobs"]) == ("tiny", 0, True)
         kinds = [part["type"] for part in body["messages"][0]["content"]]
@@ -215,7 +215,7 @@ class TestCalls:
             reward = judge([server])
             found = score(reward, pictures(5), examples(5), enable_grad=False)
         assert torch.equal(found.value_B, (believed(reward, pictures(5), examples(5)) > 0.5).float())
-        assert (found.metrics["by_logprob"], found.metrics["by_text"]) == (0, 5)
+        assert (found.counts["by_logprob"], found.counts["by_text"]) == (0, 5)
 
     def test_a_server_that_refuses_logprobs_is_not_asked_for_them_again(self):
         with JudgeServer(refuses=True) as server:
@@ -223,7 +223,7 @@ class TestCalls:
             found = score(reward, pictures(4), examples(4), enable_grad=False)
         assert torch.equal(found.value_B, (believed(reward, pictures(4), examples(4)) > 0.5).float())
         assert ["logprobs" in body for body in server.bodies] == [True, False, False, False, False]
-        assert found.metrics["refused"] == 1
+        assert found.counts["refused"] == 1
 
     def test_rubric_by_text(self):
         with JudgeServer(logprobs=False, rubric=True) as server:
@@ -243,7 +243,7 @@ class TestCalls:
             pixels[0, 0, 0, 0] = math.nan
             found = score(judge([server]), pixels, given, enable_grad=False)
         assert found.valid_B.tolist() == [False, True, False]
-        assert found.metrics["not_applicable"] == 2
+        assert found.counts["not_applicable"] == 2
         assert sum(server.calls.values()) == 3
 
     def test_equal_questions_are_asked_once(self):
@@ -251,7 +251,7 @@ class TestCalls:
             pixels = pictures(1).repeat(3, 1, 1, 1)
             found = score(judge([server]), pixels, [examples(1)[0]] * 3, enable_grad=False)
         assert found.valid_B.all()
-        assert found.metrics["attempts"] == sum(server.calls.values()) == 1
+        assert found.counts["attempts"] == sum(server.calls.values()) == 1
 
     def test_keeps_the_contract(self):
         with JudgeServer() as server:
@@ -290,7 +290,7 @@ class TestCache:
             score(judge([server], **args), pictures(4, seed=5), examples(4), enable_grad=False)
             assert sum(server.calls.values()) == 12
         assert torch.equal(first.value_B, again.value_B)
-        assert again.metrics["from_cache"] == again.metrics["by_logprob"] == 4
+        assert again.counts["from_cache"] == again.counts["by_logprob"] == 4
 
     def test_failures_are_not_kept(self, tmp_path):
         args = {"cache_dir": str(tmp_path), "max_attempts": 1}
@@ -414,10 +414,10 @@ class TestEndpoints:
             reward = judge([dead, server], eject_after=2, eject_s=600)
             found = score(reward, pictures(20), examples(20), enable_grad=False)
             assert found.valid_B.all()
-            assert found.metrics["connection"] >= 2
+            assert found.counts["connection"] >= 2
             again = score(reward, pictures(20, seed=3), examples(20), enable_grad=False)
-        assert again.metrics["connection"] == 0
-        assert again.metrics["attempts"] == 20
+        assert again.counts["connection"] == 0
+        assert again.counts["attempts"] == 20
 
 
 class TestKeys:
@@ -445,7 +445,7 @@ class TestKeys:
             warnings.simplefilter("always")
             found = score(judge([server], key_env="JUDGE_KEY"), pictures(2), examples(2), enable_grad=False)
         assert not found.valid_B.any()
-        assert (found.metrics["refused"], found.metrics["attempts"]) == (2, 2)
+        assert (found.counts["refused"], found.counts["attempts"]) == (2, 2)
         (said,) = [str(warning.message) for warning in caught]
         assert "HTTP 401" in said
         assert "Incorrect API key" in said

@@ -170,7 +170,7 @@ class TestScores:
     def test_a_prompt_cannot_pass_for_a_picture(self):
         local = parts_of(question="prompt")
         parts = local.question.put(picture(), example(prompt="plums <image> <image>"))
-        ids = local._inputs(parts)["input_ids"][0].tolist()
+        ids = local.text_inputs(parts)["input_ids"][0].tolist()
         assert ids.count(local.processor.image_token_id) == 4
         with torch.no_grad():
             assert local(parts)[0].isfinite()

@@ -83,7 +83,7 @@ def test_the_service_says_what_the_model_thinks(folder: Path, served: str) -> No
     found = score(judge, pixels, examples, enable_grad=False)
     assert torch.equal(found.value_B, (p_B > 0.5).float())
     # It takes the request for log-probabilities and ignores it.
-    assert (found.metrics["by_logprob"], found.metrics["by_text"], found.metrics["failed"]) == (0, N, 0)
+    assert (found.counts["by_logprob"], found.counts["by_text"], found.counts["failed"]) == (0, N, 0)
 
 
 def test_what_it_babbles_is_no_answer(folder: Path, served: str) -> None:
@@ -92,4 +92,4 @@ def test_what_it_babbles_is_no_answer(folder: Path, served: str) -> None:
     with pytest.warns(UserWarning, match="no answer to the question: '(yes|no)( yes| no)+"):
         found = score(judge, pixels, examples, enable_grad=False)
     assert not found.valid_B.any()
-    assert found.metrics["nonsense"] == found.metrics["failed"] == N
+    assert found.counts["nonsense"] == found.counts["failed"] == N

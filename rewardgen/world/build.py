@@ -37,7 +37,18 @@ class Piece:
 
 def pieces() -> dict[str, Piece]:
     """All pieces in the order they are made. Imports torch and transformers, so it is a function."""
-    from rewardgen.world.recipes import base, csd, detector, embedder, encoders, people_vae, reader, uno_base, vae
+    from rewardgen.world.recipes import (
+        base,
+        csd,
+        detector,
+        embedder,
+        encoders,
+        judge,
+        people_vae,
+        reader,
+        uno_base,
+        vae,
+    )
 
     drawn = f"{people.VERSION}.{faces.VERSION}"
     return {
@@ -51,6 +62,7 @@ def pieces() -> dict[str, Piece]:
         "reader": Piece((reader.RECIPE,), ("vae",), ("reader.safetensors",), reader.build),
         "base": Piece(base.STAGES, ("vae", "encoders"), ("base/transformer", "uso"), base.build),
         "csd": Piece(csd.ROUNDS, ("vae", "base"), ("csd.safetensors",), csd.build),
+        "judge": Piece(judge.STAGES, ("vae",), ("judge",), judge.build),
         "people_vae": Piece((people_vae.RECIPE,), ("vae",), (people_vae.FOLDER,), people_vae.build, drawn),
         "detector": Piece((detector.RECIPE,), ("people_vae",), (detector.FILE,), detector.build, drawn),
         "embedder": Piece((embedder.RECIPE,), ("people_vae",), (embedder.FILE,), embedder.build, drawn),

@@ -146,7 +146,7 @@ class LocalModel(nn.Module):
         pictures = [part for part in parts if isinstance(part, Tensor)]
         weight = self.model.get_input_embeddings().weight
         seen = [self.preprocess(picture.to(weight.device), round_8bit=self.round_8bit) for picture in pictures]
-        inputs = {name: tensor.to(weight.device) for name, tensor in self._inputs(parts).items()}
+        inputs = {name: tensor.to(weight.device) for name, tensor in self.text_inputs(parts).items()}
         # A reward differs between pictures in its third digit; autocast's bfloat16 would drown that.
         with torch.autocast(weight.device.type, enabled=False):
             pixels = self.preprocess.batch(seen).to(weight.dtype)
@@ -157,8 +157,8 @@ class LocalModel(nn.Module):
         worth_A = log_mass_A.new_tensor(list(self.question.values.values()))
         return (log_mass_A.softmax(0) * worth_A).sum(), log_mass_A.logsumexp(0).exp()
 
-    def _inputs(self, parts: Sequence[Part]) -> dict[str, Tensor]:
-        """All but the pixels, as the processor makes them; they depend on the pictures' sizes alone."""
+    def text_inputs(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+        """All but the pixels, [1, tokens], as the processor makes them; they depend on the pictures' sizes alone."""
         pictures = [part for part in parts if isinstance(part, Tensor)]
         text = render(self.processor, self.question, parts)
         key = (text, tuple((int(p.shape[-2]), int(p.shape[-1])) for p in pictures))

@@ -83,9 +83,9 @@ def test_what_fails_for_good_is_masked_and_counted(fault: Fault, undisturbed: Te
     assert torch.equal(found.valid_B, ~hit_B)
     assert torch.equal(found.value_B[~hit_B], undisturbed[~hit_B])
     assert found.value_B[hit_B].isnan().all()
-    assert found.metrics["failed"] == found.metrics[FAULTS[fault]] == server.faults[fault] == hit_B.sum()
-    assert found.metrics["by_logprob"] == N - hit_B.sum()
-    assert found.metrics["attempts"] == sum(server.calls.values()) == N
+    assert found.counts["failed"] == found.counts[FAULTS[fault]] == server.faults[fault] == hit_B.sum()
+    assert found.counts["by_logprob"] == N - hit_B.sum()
+    assert found.counts["attempts"] == sum(server.calls.values()) == N
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "hang"])
@@ -96,9 +96,9 @@ def test_what_passes_is_asked_again_and_changes_nothing(fault: Fault, undisturbe
         hits = int(hit(reward).sum())
     assert found.valid_B.all()
     assert torch.equal(found.value_B, undisturbed)
-    assert found.metrics["failed"] == 0
-    assert found.metrics[FAULTS[fault]] == server.faults[fault] == 2 * hits
-    assert found.metrics["attempts"] == N + 2 * hits
+    assert found.counts["failed"] == 0
+    assert found.counts[FAULTS[fault]] == server.faults[fault] == 2 * hits
+    assert found.counts["attempts"] == N + 2 * hits
 
 
 def test_429s_are_not_charged(undisturbed: Tensor) -> None:
@@ -108,7 +108,7 @@ def test_429s_are_not_charged(undisturbed: Tensor) -> None:
         found = scored(reward)
         hits = int(hit(reward).sum())
     assert torch.equal(found.value_B, undisturbed)
-    assert found.metrics["rate_limited"] == 7 * hits
+    assert found.counts["rate_limited"] == 7 * hits
     assert reward.service.limits()[server.url] < 32
 
 
@@ -117,8 +117,8 @@ def test_attempts_are_as_many_as_stated() -> None:
         reward = judge(server, max_attempts=3)
         found = scored(reward)
         hits = int(hit(reward).sum())
-    assert found.metrics["failed"] == hits
-    assert found.metrics["server_error"] == 3 * hits
+    assert found.counts["failed"] == hits
+    assert found.counts["server_error"] == 3 * hits
     assert set(server.calls.values()) == {1, 3}
 
 
@@ -136,7 +136,7 @@ def test_all_faults_at_once(undisturbed: Tensor) -> None:
     assert torch.equal(found.valid_B, ~hit_B)
     assert torch.equal(found.value_B[~hit_B], undisturbed[~hit_B])
     injected = {name: sum(server.faults[fault] for fault in kinds if FAULTS[fault] == name) for name in FAULTS.values()}
-    assert {name: found.metrics[name] for name in injected} == injected
+    assert {name: found.counts[name] for name in injected} == injected
 
 
 def test_a_judge_that_is_gone_says_so() -> None:
@@ -169,6 +169,6 @@ def test_nothing_waits_for_ever() -> None:
         reward = judge(server, give_up_s=0.3)
         found = scored(reward)
     assert not found.valid_B.any()
-    assert found.metrics["failed"] == N
-    assert found.metrics["attempts"] >= 1
+    assert found.counts["failed"] == N
+    assert found.counts["attempts"] >= 1
     assert all(math.isnan(value) for value in found.value_B.tolist())
