@@ -45,14 +45,14 @@ def inline_workers(experiment: Experiment, policy: Policy) -> Pool:
 
 
 def ray_workers(experiment: Experiment, processes: Processes) -> Pool | None:
-    """The workers of `fleet.pool: ray`, which are on their way when this returns; None for another pool.
+    """The workers of `fleet.pool: ray`, which are on their way when this returns; None where learners draw themselves.
 
     Raises:
         ConfigError: Ray is missing, there is no such cluster, it has no room for the workers, or the learner has
             several processes.
     """
     config = experiment.fleet
-    if config.pool != "ray":
+    if not config.remote_rollouts:
         return None
     if processes.size > 1:
         raise ConfigError("fleet.pool: a learner of several processes draws its own rollouts; leave out fleet=ray")

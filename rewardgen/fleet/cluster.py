@@ -88,13 +88,29 @@ def require_room(config: FleetConfig, needs: Needs) -> None:
         ConfigError: what is asked for, and what the nodes have.
     """
     wanted = config.workers if config.min_workers is None else config.min_workers
+    less = "(fleet.cpus_per_worker, fleet.gpus_per_worker), or let the rest join later (fleet.min_workers)"
+    require(wanted, needs, "fleet.workers", "workers", less)
+
+
+def require(wanted: int, needs: Needs, key: str, what: str, less: str) -> None:
+    """Refuse processes for which the cluster has no room at all.
+
+    Args:
+        wanted: how many.
+        needs: what each reserves.
+        key: where their number is set.
+        what: their name.
+        less: where else one might ask for less.
+
+    Raises:
+        ConfigError: what is asked for, and what the nodes have.
+    """
     nodes = alive()
     found = room(nodes, needs)
     if found < wanted:
         raise ConfigError(
-            f"fleet.workers: {wanted} workers of {needs} each do not fit, the cluster has room for {int(found)}:"
-            f" {describe(nodes)}; ask for fewer workers, or less for each (fleet.cpus_per_worker,"
-            " fleet.gpus_per_worker), or let the rest join later (fleet.min_workers)"
+            f"{key}: {wanted} {what} of {needs} each do not fit, the cluster has room for {int(found)}:"
+            f" {describe(nodes)}; ask for fewer {what}, or less for each {less}"
         )
 
 
@@ -117,13 +133,16 @@ def describe(nodes: Iterable[Mapping[str, float]]) -> str:
 
 def nothing_came(seconds: float, needs: Needs) -> FleetError:
     """What to say when there was no worker for so long."""
-    ray = load_ray()
-    free = {name: value for name, value in ray.available_resources().items() if name in ("CPU", "GPU")}
-    left = ", ".join(f"{value:g} {name}" for name, value in sorted(free.items())) or "nothing"
     return FleetError(
-        f"there was no worker for {seconds:g} s (fleet.start_timeout_seconds): one needs {needs}; the cluster has"
-        f" {describe(alive())}, of which {left} free"
+        f"there was no worker for {seconds:g} s (fleet.start_timeout_seconds): one needs {needs}; {have_and_free()}"
     )
+
+
+def have_and_free() -> str:
+    """What the cluster has and what of it nobody holds, in words."""
+    free = {name: value for name, value in load_ray().available_resources().items() if name in ("CPU", "GPU")}
+    left = ", ".join(f"{value:g} {name}" for name, value in sorted(free.items())) or "nothing"
+    return f"the cluster has {describe(alive())}, of which {left} free"
 
 
 def _on_node(node: Mapping[str, float], needs: Needs) -> float:
