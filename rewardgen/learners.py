@@ -29,21 +29,21 @@ class _Learner:
     def __call__(self) -> bool:
         if not (self.folder / CONFIG).is_file():
             raise ConfigError(
-                f"{self.folder} is not there for a learner on {os.uname().nodename}: with fleet.placement colocated"
+                f"{self.folder} is not there for a learner on {os.uname().nodename}: where learners are on a cluster"
                 " --output must be a folder that all machines share"
             )
         return self.train()
 
 
 def train_on_cluster(experiment: Experiment, train: Callable[[], bool], folder: Path, *, resume: bool) -> bool:
-    """Train with `fleet.learners` processes on a Ray cluster, each of which draws for itself.
+    """Train with `fleet.learners` processes on a Ray cluster, which draw for themselves or have workers there.
 
     A group that has lost a learner is torn down and started again; it goes on from the last checkpoint and makes what
     an undisturbed one would have made. It may be lost `fleet.max_tries` times in a row without coming to another
     checkpoint.
 
     Args:
-        experiment: with `fleet.placement: colocated`.
+        experiment: one with `fleet.places_learners`.
         train: one process's share of the run, resumed where there is a checkpoint; it travels by pickle.
         folder: the run's, which all machines must see.
         resume: whether a run that is there is to go on.
@@ -57,12 +57,13 @@ def train_on_cluster(experiment: Experiment, train: Callable[[], bool], folder: 
         UserError: as a learner raised it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("fleet.placement: colocated starts the learners itself; start one process, without torchrun")
+        raise ConfigError("fleet.learners: Ray starts the learners; start one process, without torchrun")
     open_folder(folder, experiment, resume=resume)
     connected = cluster.connect(experiment.fleet.address)
     try:
         group = Group(size=experiment.fleet.learners, needs=_needs(experiment), config=experiment.fleet)
         group.require_room()
+        _require_workers(experiment, group)
         with stop_signal() as stopped:
             return _until_done(experiment, group, _Learner(train, folder), stopped)
     finally:
@@ -86,6 +87,14 @@ def _until_done(experiment: Experiment, group: Group, learner: _Learner, stopped
             latest = latest_checkpoint(checkpoints)
             where = "the beginning" if latest is None else latest.name
             print(f"{error}; all learners start again from {where}", file=sys.stderr, flush=True)
+
+
+def _require_workers(experiment: Experiment, group: Group) -> None:
+    config = experiment.fleet
+    if config.remote_rollouts:
+        gpus = group.needs.gpus if config.gpus_per_worker is None else config.gpus_per_worker
+        needs = cluster.Needs(cpus=config.cpus_per_worker, gpus=gpus)
+        cluster.require_room_beside(config, needs, learners=group.size, of_learner=group.needs)
 
 
 def _needs(experiment: Experiment) -> cluster.Needs:

@@ -47,15 +47,25 @@ def inline_workers(experiment: Experiment, policy: Policy) -> Pool:
 def ray_workers(experiment: Experiment, processes: Processes) -> Pool | None:
     """The workers of `fleet.pool: ray`, which are on their way when this returns; None where learners draw themselves.
 
+    Each of several learners has workers of its own, its share of all.
+
     Raises:
-        ConfigError: Ray is missing, there is no such cluster, it has no room for the workers, or the learner has
-            several processes.
+        ConfigError: Ray is missing, there is no such cluster, it has no room for the workers, or a launcher started
+            several learners.
     """
     config = experiment.fleet
     if not config.remote_rollouts:
         return None
     if processes.size > 1:
-        raise ConfigError("fleet.pool: a learner of several processes draws its own rollouts; leave out fleet=ray")
+        if not config.places_learners:
+            raise ConfigError(
+                "fleet.pool: learners that a launcher starts draw their own rollouts; leave out fleet=ray, or leave out"
+                " torchrun and set fleet.learners"
+            )
+        shares = {name: getattr(config, name) for name in ("workers", "min_workers")}
+        config = config.model_copy(
+            update={name: number and _share(number, processes) for name, number in shares.items()}
+        )
     on_their_way = experiment.train.accumulation * (1 + config.staleness)
     if config.workers > on_their_way:
         warnings.warn(
@@ -73,3 +83,7 @@ def ray_workers(experiment: Experiment, processes: Processes) -> Pool | None:
         policy=experiment.policy, precision=experiment.train.precision, device="cuda" if gpus else "cpu"
     )
     return RayPool(factory, config, needs=Needs(cpus=config.cpus_per_worker, gpus=gpus), device=device)
+
+
+def _share(number: int, processes: Processes) -> int:
+    return number // processes.size + (processes.rank < number % processes.size)

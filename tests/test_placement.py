@@ -58,9 +58,9 @@ def experiment(folder: Path, *overrides: str) -> Experiment:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"learners": 2}, "set pool: ray and placement: colocated"),
-        ({"learners": 2, "pool": "ray"}, "set pool: ray and placement: colocated"),
-        ({"learners": 2, "pool": "ray", "placement": "disaggregated"}, "set pool: ray and placement: colocated"),
+        ({"learners": 2}, "set pool: ray, and placement: colocated"),
+        ({"learners": 2, "pool": "ray"}, "set pool: ray, and placement: colocated"),
+        ({"learners": 2, "pool": "ray", "placement": "disaggregated"}, "each of 2 learners needs one that draws"),
         ({"placement": "disaggregated"}, "pool: inline draws in the learner's process"),
         ({"pool": "ray", "placement": "colocated", "workers": 8}, "set learners, or leave out workers"),
         ({"pool": "ray", "placement": "colocated", "min_workers": 0}, "set learners, or leave out workers"),

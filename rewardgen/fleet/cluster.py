@@ -92,6 +92,27 @@ def require_room(config: FleetConfig, needs: Needs) -> None:
     require(wanted, needs, "fleet.workers", "workers", less)
 
 
+def require_room_beside(config: FleetConfig, needs: Needs, *, learners: int, of_learner: Needs) -> None:
+    """Refuse workers for which there is no room beside learners that are on the cluster too.
+
+    Raises:
+        ConfigError: what is asked for, and what the nodes have.
+    """
+    left = [dict(node) for node in alive()]
+    for _ in range(learners):
+        place = next((node for node in left if _on_node(node, of_learner) >= 1), None)
+        for name, need in (("CPU", of_learner.cpus), ("GPU", of_learner.gpus)) if place else ():
+            place[name] = place.get(name, 0.0) - need
+    wanted = config.workers if config.min_workers is None else config.min_workers
+    found = room(left, needs)
+    if found < wanted:
+        raise ConfigError(
+            f"fleet.workers: {wanted} workers of {needs} each do not fit beside {learners} learners of {of_learner}"
+            f" each, there is room for {int(found)}: the cluster has {describe(alive())}; ask for fewer, or for less"
+            " for each (fleet.cpus_per_worker, fleet.gpus_per_worker, fleet.cpus_per_learner, fleet.gpus_per_learner)"
+        )
+
+
 def require(wanted: int, needs: Needs, key: str, what: str, less: str) -> None:
     """Refuse processes for which the cluster has no room at all.
 

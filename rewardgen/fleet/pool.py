@@ -38,15 +38,15 @@ class FleetConfig(SparseSettings):
     updates, always. It is also how many batches are drawn ahead while the learner works."""
     placement: Literal["colocated", "disaggregated"] | None = None
     """Who draws where. `colocated`: each learner for itself; with `pool: ray` the learners are processes on the
-    cluster. `disaggregated`: workers with CPUs and GPUs of their own, the learner in the process that was started.
-    Null: as the pool has it, `inline` colocated and `ray` disaggregated."""
+    cluster. `disaggregated`: workers with CPUs and GPUs of their own; a single learner is then the process that was
+    started, several are on the cluster too. Null: as the pool has it, `inline` colocated and `ray` disaggregated."""
     learners: int = Field(default=1, ge=1)
-    """Ray, colocated: processes that train together, each with its own micro-batches."""
+    """Ray: processes that train together, each with its own micro-batches and its share of the workers."""
     cpus_per_learner: float = Field(default=1.0, ge=0)
-    """Ray, colocated: CPUs that each learner reserves."""
+    """Ray: CPUs that each learner on the cluster reserves."""
     gpus_per_learner: int | None = Field(default=None, ge=0, le=1)
-    """Ray, colocated: GPUs that each learner reserves. Null: one where the cluster has any and `train.device` is not
-    `cpu`, else none."""
+    """Ray: GPUs that each learner on the cluster reserves. Null: one where the cluster has any and `train.device` is
+    not `cpu`, else none."""
     workers: int = Field(default=1, ge=1)
     """Ray: number of workers."""
     min_workers: int | None = Field(default=None, ge=0)
@@ -64,8 +64,8 @@ class FleetConfig(SparseSettings):
     deadline_seconds: float = Field(default=1800.0, gt=0)
     """Ray: a worker that has not answered after so long is killed, and another one asked."""
     max_tries: int = Field(default=3, ge=1)
-    """Ray: workers that one request may cost before the run stops with an error that names it. Colocated: how often in
-    a row the learners may be lost without having come to another checkpoint."""
+    """Ray: workers that one request may cost before the run stops with an error that names it; and how often in a row
+    learners on the cluster may be lost without having come to another checkpoint."""
     start_timeout_seconds: float = Field(default=900.0, gt=0)
     """Ray: how long there may be no worker at all, or no room for the learners, before the run stops."""
 
@@ -76,22 +76,22 @@ class FleetConfig(SparseSettings):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, more than workers, which is {self.workers}")
         if self.placement == "disaggregated" and self.pool == "inline":
+            raise ValueError("placement is disaggregated, but pool: inline draws in the learner's process; use ray")
+        if self.learners > 1 and (self.pool != "ray" or self.placement is None):
             raise ValueError(
-                "placement is disaggregated, but pool: inline draws in the learner's process; use ray"
+                f"learners is {self.learners}, which are placed on a Ray cluster: set pool: ray, and placement:"
+                " colocated (each draws for itself) or disaggregated"
             )
-        if self.learners > 1 and not self.places_learners:
-            raise ValueError(
-                f"learners is {self.learners}: only learners that draw for themselves can be several; set pool: ray and"
-                " placement: colocated"
-            )
-        if self.places_learners and (self.workers > 1 or self.min_workers is not None):
+        if self.places_learners and not self.remote_rollouts and (self.workers > 1 or self.min_workers is not None):
             raise ValueError("workers: with placement colocated there are none; set learners, or leave out workers")
+        if self.remote_rollouts and self.workers < self.learners:
+            raise ValueError(f"workers is {self.workers}: each of {self.learners} learners needs one that draws for it")
         return self
 
     @property
     def places_learners(self) -> bool:
         """Whether the learners themselves are processes on a Ray cluster."""
-        return self.pool == "ray" and self.placement == "colocated"
+        return self.pool == "ray" and (self.placement == "colocated" or self.learners > 1)
 
     @property
     def remote_rollouts(self) -> bool:
