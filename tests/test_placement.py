@@ -14,12 +14,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rewardgen import build, learners, run_folder
+from rewardgen import build, learners, run_folder, workers
 from rewardgen.checkpoint import load_checkpoint
 from rewardgen.config import Experiment, load_experiment
 from rewardgen.distributed import ProcessError, Processes
 from rewardgen.errors import ConfigError
-from rewardgen.fleet import group
+from rewardgen.fleet import cluster, group
 from rewardgen.fleet.cluster import Needs
 from rewardgen.fleet.group import Group, LostError, Relay
 from rewardgen.fleet.pool import FleetConfig, FleetError
@@ -97,6 +97,25 @@ def test_learners_that_draw_themselves_have_no_workers_and_resume_without_a_laun
     placed = experiment(tmp_path, *TWO)
     assert ray_workers(placed, Processes(0, 2)) is None
     assert run_folder.resume_command(placed, tmp_path, 2).startswith("rewardgen train ")
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_learners_share_all_workers(number: int) -> None:
+    shares = [workers._share(number, Processes(rank, 3)) for rank in range(3)]
+    assert sum(shares) == number
+    assert max(shares) - min(shares) <= 1
+
+
+def test_workers_have_to_fit_beside_the_learners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes with two GPUs each: two learners leave room for two workers, and CPUs for no more than one."""
+    monkeypatch.setattr(cluster, "alive", lambda: [{"CPU": 3.0, "GPU": 2.0}] * 2)
+    gpu = Needs(cpus=1, gpus=1)
+    config = FleetConfig(pool="ray", placement="disaggregated", learners=2, workers=2)
+    cluster.require_room_beside(config, gpu, learners=2, of_learner=gpu)
+    with pytest.raises(ConfigError, match=r"3 workers .* beside 2 learners .* room for 2: .* 2 x 3 CPUs and 2 GPUs"):
+        cluster.require_room_beside(config.model_copy(update={"workers": 3}), gpu, learners=2, of_learner=gpu)
+    with pytest.raises(ConfigError, match="there is room for 1"):
+        cluster.require_room_beside(config, Needs(cpus=2), learners=2, of_learner=gpu)
 
 
 def test_a_launcher_and_a_folder_that_holds_another_run_are_refused_before_ray_is_asked(
@@ -246,24 +265,49 @@ def final(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return load_checkpoint(folder / "checkpoints" / f"step-{NUM_STEPS:06d}")
 
 
-def test_two_placed_learners_make_the_run_of_one_process_also_when_one_is_killed(
-    session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """To rounding that of one with twice the accumulation; with a learner lost, bit for bit that of two undisturbed."""
-    assert build.train(experiment(tmp_path), folder=tmp_path / "one")
-    assert build.train(experiment(tmp_path, *TWO), folder=tmp_path / "two")
-    assert "parameters trained" in capsys.readouterr().out, "the first learner's words are passed on"
-    marker = f"objective.rewards.style.args.marker={tmp_path / 'marker'}"
-    assert build.train(experiment(tmp_path, *TWO, marker), folder=tmp_path / "killed")
-    assert (tmp_path / "marker").exists()
-    assert "all learners start again from step-000002" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def undisturbed(session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two learners that draw for themselves."""
+    folder = tmp_path_factory.mktemp("two")
+    assert build.train(experiment(folder, *TWO), folder=folder / "run")
+    return folder / "run"
 
-    (one, state), (two, state_two), (killed, state_killed) = (final(tmp_path / n) for n in ("one", "two", "killed"))
-    assert state == state_two == state_killed
-    assert one.keys() == two.keys() == killed.keys()
+
+def assert_equal(folder: Path, wanted: Path) -> None:
+    """Bit for bit."""
+    (found, state), (tensors, state_wanted) = final(folder), final(wanted)
+    assert state == state_wanted
+    assert found.keys() == tensors.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(found[name], tensor)] == []
+
+
+def test_two_placed_learners_make_the_run_of_one_with_twice_the_accumulation(undisturbed: Path, tmp_path: Path) -> None:
+    assert build.train(experiment(tmp_path), folder=tmp_path / "one")
+    (one, state), (two, state_two) = final(tmp_path / "one"), final(undisturbed)
+    assert state == state_two
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=0)
-        assert torch.equal(two[name], killed[name]), name
+    assert (undisturbed / "comparison.json").is_file()
+
+
+def test_a_run_that_lost_a_learner_is_the_undisturbed_one(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "marker"
+    killed = experiment(tmp_path, *TWO, f"objective.rewards.style.args.marker={marker}")
+    assert build.train(killed, folder=tmp_path / "killed")
+    said = capsys.readouterr()
+    assert marker.exists()
+    assert "all learners start again from step-000002" in said.err
+    assert said.out.count("parameters trained") == 2, "what the first learner prints is passed on"
+    assert_equal(tmp_path / "killed", undisturbed)
     lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(NUM_STEPS))
-    assert (tmp_path / "killed" / "comparison.json").is_file()
+
+
+def test_learners_with_workers_of_their_own_make_the_same_run(undisturbed: Path, tmp_path: Path) -> None:
+    apart = [*TWO, "fleet.placement=disaggregated", "fleet.workers=2"]
+    assert build.train(experiment(tmp_path, *apart), folder=tmp_path / "apart")
+    assert_equal(tmp_path / "apart", undisturbed)
+    lines = [json.loads(line) for line in (tmp_path / "apart" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["metrics"]["fleet/workers"] for line in lines if line["kind"] == "step"} == {1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import subprocess
@@ -19,9 +20,11 @@ from rewardgen.config import load_experiment
 from rewardgen.errors import ConfigError
 from rewardgen.fleet import plan
 from rewardgen.fleet.costs import Costs, Work, measured, stated
+from rewardgen.fleet.inline import InlinePool
 from rewardgen.fleet.plan import Split, best, bound, forecast, splits
 from tests.test_placement import EXPERIMENT
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = st.floats(0.1, 9)
 PARTS = Costs(rollout_seconds=3.0, learner_seconds=2.0, fixed_seconds=0.5, weights_seconds=0.25)
 
@@ -249,3 +252,38 @@ def test_a_plan_from_a_run_of_another_size_is_refused(tmp_path: Path, capsys: py
         planned(tmp_path, capsys, costs=None)
     with pytest.raises(ConfigError, match="the objective needs no rollout"):
         planned(tmp_path, capsys, "objective.rewards.style.weight=0")
+
+
+def test_the_benchmark_measures_and_plans_the_same_settings() -> None:
+    """In small, on pools in this process that only seem to sleep: the times mean nothing."""
+    spec = importlib.util.spec_from_file_location("fleet_plan", ROOT / "benchmarks" / "fleet_plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules["fleet_plan"] = benchmark  # dataclasses look their module up
+    spec.loader.exec_module(benchmark)
+    costs = Costs(rollout_seconds=1e-4, learner_seconds=1e-4, judge_seconds=1e-4)
+    calls: list[str] = []
+
+    class Noting(benchmark.Sleeper):  # type: ignore[misc]
+        def rollout(self, seconds: float, weights: Any = None) -> float:
+            calls.append("rollout")
+            return seconds
+
+        def score(self, drawn: float, seconds: float) -> None:
+            assert drawn == seconds == 1e-4
+            calls.append("score")
+
+    rows = [
+        benchmark.row(setting, InlinePool(Noting()), InlinePool(Noting()), costs, requests=2, steps=1)
+        for setting in (
+            benchmark.Setting(workers=1, staleness=0),
+            benchmark.Setting(workers=2, staleness=1, judges=1),
+        )
+    ]
+    assert (calls.count("rollout"), calls.count("score")) == (2 * 3 + 2 * 4, 2 * 4)
+    assert [row["planned"] for row in rows] == pytest.approx([4e-4, 2e-4])
+    load = {"load_average_before": 0.0, "load_average_after": 0.0, "cores": 2}
+    found = {"requests": 2, "costs": costs.model_dump(), "steps": 1, "rows": rows, "worst": 0.01, **load}
+    assert "| 2 | 1 | 1 |" in benchmark.render(found)
+    assert "Largest error 1.0 %" in benchmark.render(found)

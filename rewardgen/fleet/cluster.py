@@ -141,6 +141,13 @@ def alive() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def bundle(place: Any, index: int) -> Any:
+    """The scheduling strategy of an actor that is to be in one of a placement group's bundles."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(placement_group=place, placement_group_bundle_index=index)
+
+
 def room(nodes: Iterable[Mapping[str, float]], needs: Needs) -> float:
     """Workers that fit on nodes; infinity where they need nothing."""
     return sum(_on_node(node, needs) for node in nodes)
