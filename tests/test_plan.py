@@ -262,6 +262,7 @@ def test_the_benchmark_measures_and_plans_the_same_settings() -> None:
     benchmark = importlib.util.module_from_spec(spec)
     sys.modules["fleet_plan"] = benchmark  # dataclasses look their module up
     spec.loader.exec_module(benchmark)
+    names = ("workers", "staleness", "judges")
     costs = Costs(rollout_seconds=1e-4, learner_seconds=1e-4, judge_seconds=1e-4)
     calls: list[str] = []
 
@@ -282,8 +283,21 @@ def test_the_benchmark_measures_and_plans_the_same_settings() -> None:
         )
     ]
     assert (calls.count("rollout"), calls.count("score")) == (2 * 3 + 2 * 4, 2 * 4)
-    assert [row["planned"] for row in rows] == pytest.approx([4e-4, 2e-4])
+    assert [row["stated"] for row in rows] == pytest.approx([4e-4, 2e-4])
+    for row, setting in zip(rows, ((1, 0, 0), (2, 1, 1)), strict=True):
+        parts = Costs.model_validate(row["timed_parts"])
+        again = benchmark.planned(benchmark.Setting(**dict(zip(names, setting, strict=True))), parts, 2)
+        assert row["timed"] == again
+        assert parts.learner_seconds >= 1e-4, "a sleep is never shorter"
     load = {"load_average_before": 0.0, "load_average_after": 0.0, "cores": 2}
-    found = {"requests": 2, "costs": costs.model_dump(), "steps": 1, "rows": rows, "worst": 0.01, **load}
+    found = {
+        "requests": 2,
+        "costs": costs.model_dump(),
+        "steps": 1,
+        "rows": rows,
+        "worst": 0.01,
+        "worst_stated": 0.02,
+        **load,
+    }
     assert "| 2 | 1 | 1 |" in benchmark.render(found)
-    assert "Largest error 1.0 %" in benchmark.render(found)
+    assert "Largest error 1.0 % from timed parts, 2.0 %" in benchmark.render(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,17 @@ def measured(metrics: Path, work: Work, *, remote: bool) -> Costs:
     if not steps:
         raise ConfigError(f"{metrics}: no step of the run drew pictures: there is nothing to plan a fleet by")
 
-    def median(names: Sequence[str] | frozenset[str]) -> float:
-        return statistics.median(sum(step["seconds_by_phase"].get(name, 0.0) for name in names) for step in steps)
+    def median(names: Collection[str]) -> float:
+        sums = (sum(float(step["seconds_by_phase"].get(name, 0.0)) for name in names) for step in steps)
+        return float(statistics.median(sums))
 
     learning = {name for step in steps for name in step["seconds_by_phase"]} - _NOT_LEARNING
-    drawing = _worker_seconds(metrics, steps) if remote else median(["rollout"]) / work.requests
+    drawing = _worker_seconds(metrics, steps) if remote else median({"rollout"}) / work.requests
     return Costs(
         rollout_seconds=drawing,
-        learner_seconds=median(frozenset(learning)) / work.micro_batches,
+        learner_seconds=median(learning) / work.micro_batches,
         fixed_seconds=median(_ONCE),
-        weights_seconds=median(["weights"]),
+        weights_seconds=median({"weights"}),
     )
 
 
@@ -123,7 +124,7 @@ def _worker_seconds(metrics: Path, steps: Sequence[Mapping[str, Any]]) -> float:
     ]
     if not found:
         raise ConfigError(f"{metrics}: the run drew on workers, but its steps do not say how busy they were")
-    return statistics.median(found)
+    return float(statistics.median(found))
 
 
 def _steps(metrics: Path) -> list[dict[str, Any]]:

@@ -185,13 +185,17 @@ class Group:
                 ray.util.remove_placement_group(place)
 
     def _member(self, place: Any, rank: int) -> Any:
-        actor = cluster.load_ray().remote(Member).options(
-            num_cpus=self.needs.cpus,
-            num_gpus=self.needs.gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=4,
-            scheduling_strategy=cluster.bundle(place, rank),
+        actor = (
+            cluster.load_ray()
+            .remote(Member)
+            .options(
+                num_cpus=self.needs.cpus,
+                num_gpus=self.needs.gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=4,
+                scheduling_strategy=cluster.bundle(place, rank),
+            )
         )
         return actor.remote(Surroundings.here(self.config.threads_per_worker))
 
