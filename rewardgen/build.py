@@ -39,7 +39,7 @@ from rewardgen.scoring import ScoringWorker
 from rewardgen.sharding import ShardedPolicy, spread
 from rewardgen.trainer import Dataset, Trainer, choose_device
 from rewardgen.types import Example
-from rewardgen.workers import inline_workers, ray_workers
+from rewardgen.workers import inline_workers, ray_workers, share_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +145,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
     if processes.is_first:
         open_folder(folder, experiment, resume=resume)
     monitor = open_monitor(experiment, folder) if processes.is_first else None
-    remote = ray_workers(experiment, processes)  # they load their weights while this process does
+    remote = ray_workers(share_of(experiment, processes), processes)  # they load their weights while this process does
     if remote is not None:
         stack.enter_context(closing(remote))
     parts = assemble(experiment, processes)

@@ -94,7 +94,7 @@ def _require_workers(experiment: Experiment, group: Group) -> None:
     if config.remote_rollouts:
         gpus = group.needs.gpus if config.gpus_per_worker is None else config.gpus_per_worker
         needs = cluster.Needs(cpus=config.cpus_per_worker, gpus=gpus)
-        cluster.require_room_beside(config, needs, learners=group.size, of_learner=group.needs)
+        group.require_room_for_workers(needs)
 
 
 def _needs(experiment: Experiment) -> cluster.Needs:

@@ -44,10 +44,19 @@ def inline_workers(experiment: Experiment, policy: Policy) -> Pool:
     return InlinePool(worker, copies=experiment.fleet.staleness > 0)
 
 
+def share_of(experiment: Experiment, processes: Processes) -> Experiment:
+    """The experiment with this learner's share of the workers; the whole one where it is the only learner."""
+
+    def share(number: int | None) -> int | None:
+        return number and number // processes.size + (processes.rank < number % processes.size)
+
+    numbers = {name: share(getattr(experiment.fleet, name)) for name in ("workers", "min_workers")}
+    fleet = experiment.fleet.model_copy(update=numbers)
+    return experiment if processes.size == 1 else experiment.model_copy(update={"fleet": fleet})
+
+
 def ray_workers(experiment: Experiment, processes: Processes) -> Pool | None:
     """The workers of `fleet.pool: ray`, which are on their way when this returns; None where learners draw themselves.
-
-    Each of several learners has workers of its own, its share of all.
 
     Raises:
         ConfigError: Ray is missing, there is no such cluster, it has no room for the workers, or a launcher started
@@ -56,16 +65,8 @@ def ray_workers(experiment: Experiment, processes: Processes) -> Pool | None:
     config = experiment.fleet
     if not config.remote_rollouts:
         return None
-    if processes.size > 1:
-        if not config.places_learners:
-            raise ConfigError(
-                "fleet.pool: learners that a launcher starts draw their own rollouts; leave out fleet=ray, or leave out"
-                " torchrun and set fleet.learners"
-            )
-        shares = {name: getattr(config, name) for name in ("workers", "min_workers")}
-        config = config.model_copy(
-            update={name: number and _share(number, processes) for name, number in shares.items()}
-        )
+    if processes.size > 1 and not config.places_learners:
+        raise ConfigError("fleet.pool: learners that a launcher starts draw for themselves; set fleet.learners instead")
     on_their_way = experiment.train.accumulation * (1 + config.staleness)
     if config.workers > on_their_way:
         warnings.warn(
@@ -83,7 +84,3 @@ def ray_workers(experiment: Experiment, processes: Processes) -> Pool | None:
         policy=experiment.policy, precision=experiment.train.precision, device="cuda" if gpus else "cpu"
     )
     return RayPool(factory, config, needs=Needs(cpus=config.cpus_per_worker, gpus=gpus), device=device)
-
-
-def _share(number: int, processes: Processes) -> int:
-    return number // processes.size + (processes.rank < number % processes.size)

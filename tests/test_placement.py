@@ -21,7 +21,8 @@ from rewardgen.distributed import ProcessError, Processes
 from rewardgen.errors import ConfigError
 from rewardgen.fleet import cluster, group
 from rewardgen.fleet.cluster import Needs
-from rewardgen.fleet.group import Group, LostError, Relay
+from rewardgen.fleet.group import Group, LostError
+from rewardgen.fleet.member import Relay
 from rewardgen.fleet.pool import FleetConfig, FleetError
 from rewardgen.workers import ray_workers
 from tests.fleet_workers import Failing, NoRoomError, Told, patiently, ray_session
@@ -100,22 +101,27 @@ def test_learners_that_draw_themselves_have_no_workers_and_resume_without_a_laun
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])
-def test_learners_share_all_workers(number: int) -> None:
-    shares = [workers._share(number, Processes(rank, 3)) for rank in range(3)]
-    assert sum(shares) == number
-    assert max(shares) - min(shares) <= 1
+def test_learners_share_all_workers(tmp_path: Path, number: int) -> None:
+    placed = experiment(tmp_path, *TWO, "fleet.placement=disaggregated", f"fleet.workers={number}")
+    shares = [workers.share_of(placed, Processes(rank, 2)).fleet for rank in range(2)]
+    assert sum(fleet.workers for fleet in shares) == number
+    assert max(fleet.workers for fleet in shares) - min(fleet.workers for fleet in shares) <= 1
+    assert {fleet.min_workers for fleet in shares} == {None}
+    assert workers.share_of(placed, Processes()) is placed
 
 
-def test_workers_have_to_fit_beside_the_learners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_have_to_fit_beside_the_learners(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes with two GPUs each: two learners leave room for two workers, and CPUs for no more than one."""
     monkeypatch.setattr(cluster, "alive", lambda: [{"CPU": 3.0, "GPU": 2.0}] * 2)
     gpu = Needs(cpus=1, gpus=1)
     config = FleetConfig(pool="ray", placement="disaggregated", learners=2, workers=2)
-    cluster.require_room_beside(config, gpu, learners=2, of_learner=gpu)
+    two = Group(size=2, needs=gpu, config=config)
+    two.require_room()
+    two.require_room_for_workers(gpu)
     with pytest.raises(ConfigError, match=r"3 workers .* beside 2 learners .* room for 2: .* 2 x 3 CPUs and 2 GPUs"):
-        cluster.require_room_beside(config.model_copy(update={"workers": 3}), gpu, learners=2, of_learner=gpu)
+        dataclasses.replace(two, config=config.model_copy(update={"workers": 3})).require_room_for_workers(gpu)
     with pytest.raises(ConfigError, match="there is room for 1"):
-        cluster.require_room_beside(config, Needs(cpus=2), learners=2, of_learner=gpu)
+        two.require_room_for_workers(Needs(cpus=2))
 
 
 def test_a_launcher_and_a_folder_that_holds_another_run_are_refused_before_ray_is_asked(

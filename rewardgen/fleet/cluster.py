@@ -88,50 +88,13 @@ def require_room(config: FleetConfig, needs: Needs) -> None:
         ConfigError: what is asked for, and what the nodes have.
     """
     wanted = config.workers if config.min_workers is None else config.min_workers
-    less = "(fleet.cpus_per_worker, fleet.gpus_per_worker), or let the rest join later (fleet.min_workers)"
-    require(wanted, needs, "fleet.workers", "workers", less)
-
-
-def require_room_beside(config: FleetConfig, needs: Needs, *, learners: int, of_learner: Needs) -> None:
-    """Refuse workers for which there is no room beside learners that are on the cluster too.
-
-    Raises:
-        ConfigError: what is asked for, and what the nodes have.
-    """
-    left = [dict(node) for node in alive()]
-    for _ in range(learners):
-        place = next((node for node in left if _on_node(node, of_learner) >= 1), None)
-        for name, need in (("CPU", of_learner.cpus), ("GPU", of_learner.gpus)) if place else ():
-            place[name] = place.get(name, 0.0) - need
-    wanted = config.workers if config.min_workers is None else config.min_workers
-    found = room(left, needs)
-    if found < wanted:
-        raise ConfigError(
-            f"fleet.workers: {wanted} workers of {needs} each do not fit beside {learners} learners of {of_learner}"
-            f" each, there is room for {int(found)}: the cluster has {describe(alive())}; ask for fewer, or for less"
-            " for each (fleet.cpus_per_worker, fleet.gpus_per_worker, fleet.cpus_per_learner, fleet.gpus_per_learner)"
-        )
-
-
-def require(wanted: int, needs: Needs, key: str, what: str, less: str) -> None:
-    """Refuse processes for which the cluster has no room at all.
-
-    Args:
-        wanted: how many.
-        needs: what each reserves.
-        key: where their number is set.
-        what: their name.
-        less: where else one might ask for less.
-
-    Raises:
-        ConfigError: what is asked for, and what the nodes have.
-    """
     nodes = alive()
     found = room(nodes, needs)
     if found < wanted:
         raise ConfigError(
-            f"{key}: {wanted} {what} of {needs} each do not fit, the cluster has room for {int(found)}:"
-            f" {describe(nodes)}; ask for fewer {what}, or less for each {less}"
+            f"fleet.workers: {wanted} workers of {needs} each do not fit, the cluster has room for {int(found)}:"
+            f" {describe(nodes)}; ask for fewer workers, or less for each (fleet.cpus_per_worker,"
+            " fleet.gpus_per_worker), or let the rest join later (fleet.min_workers)"
         )
 
 
@@ -139,13 +102,6 @@ def alive() -> list[Mapping[str, float]]:
     """The resources of each node that is up."""
     ray = load_ray()
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def bundle(place: Any, index: int) -> Any:
-    """The scheduling strategy of an actor that is to be in one of a placement group's bundles."""
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    return PlacementGroupSchedulingStrategy(placement_group=place, placement_group_bundle_index=index)
 
 
 def room(nodes: Iterable[Mapping[str, float]], needs: Needs) -> float:
@@ -161,16 +117,20 @@ def describe(nodes: Iterable[Mapping[str, float]]) -> str:
 
 def nothing_came(seconds: float, needs: Needs) -> FleetError:
     """What to say when there was no worker for so long."""
+    ray = load_ray()
+    free = {name: value for name, value in ray.available_resources().items() if name in ("CPU", "GPU")}
+    left = ", ".join(f"{value:g} {name}" for name, value in sorted(free.items())) or "nothing"
     return FleetError(
-        f"there was no worker for {seconds:g} s (fleet.start_timeout_seconds): one needs {needs}; {have_and_free()}"
+        f"there was no worker for {seconds:g} s (fleet.start_timeout_seconds): one needs {needs}; the cluster has"
+        f" {describe(alive())}, of which {left} free"
     )
 
 
-def have_and_free() -> str:
-    """What the cluster has and what of it nobody holds, in words."""
-    free = {name: value for name, value in load_ray().available_resources().items() if name in ("CPU", "GPU")}
-    left = ", ".join(f"{value:g} {name}" for name, value in sorted(free.items())) or "nothing"
-    return f"the cluster has {describe(alive())}, of which {left} free"
+def bundle(place: Any, index: int) -> Any:
+    """The scheduling strategy of an actor that is to be in one of a placement group's bundles."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(placement_group=place, placement_group_bundle_index=index)
 
 
 def _on_node(node: Mapping[str, float], needs: Needs) -> float:

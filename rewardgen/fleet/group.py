@@ -9,23 +9,19 @@ decides what then.
 from __future__ import annotations
 
 import contextlib
-import io
-import os
-import platform
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
-from rewardgen import interrupt
 from rewardgen.distributed import ProcessError
+from rewardgen.errors import ConfigError
 from rewardgen.fleet import cluster
+from rewardgen.fleet.member import Member
 from rewardgen.fleet.pool import FleetConfig, FleetError
 from rewardgen.fleet.ray_pool import RemoteError
-from rewardgen.fleet.replica import Place, Surroundings, versions
+from rewardgen.fleet.replica import Surroundings, versions
 
 _PATIENCE_SECONDS = 20.0
 """How long after the first fault the others are waited for: who fails because another is gone may be seen first."""
@@ -37,77 +33,6 @@ _LEAST = 0.001
 
 class LostError(Exception):
     """A member is gone, or cannot be reached, through no fault of the program."""
-
-
-class Member:
-    """A Ray actor with threads: one runs the program, others answer meanwhile."""
-
-    def __init__(self, surroundings: Surroundings) -> None:
-        surroundings.enter()  # before anything of the user's is imported
-        self._surroundings = surroundings
-        self._said = Relay(sys.stdout)
-
-    def meet(self) -> tuple[Place, str, int]:
-        """Where this process is, its machine's address, and a port that is free there."""
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port = int(listener.getsockname()[1])
-        place = Place(host=platform.node(), pid=os.getpid(), versions=versions())
-        return place, str(cluster.load_ray().util.get_node_ip_address()), port
-
-    def run(self, program: Callable[[], Any], environment: Mapping[str, str]) -> Any:
-        """Run the program; what the first process prints can be read by `said` meanwhile."""
-        os.environ.update(environment)
-        self._surroundings.enter()  # torch has some of it for each thread
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._said.finish)
-            if environment["RANK"] == "0":
-                stack.enter_context(contextlib.redirect_stdout(self._said))
-                stack.enter_context(contextlib.redirect_stderr(self._said))
-            return program()
-
-    def said(self) -> str:
-        """What was printed since the last call; waits a while for something."""
-        return self._said.take(5 * _TICK_SECONDS)
-
-    def stop(self) -> None:
-        """Let the run finish its step, save and end, as a signal would."""
-        interrupt.ASKED.set()
-
-
-class Relay(io.TextIOBase):
-    """A stream that keeps what is written until it is taken, and also passes it on."""
-
-    def __init__(self, inner: TextIO) -> None:
-        self._inner = inner
-        self._parts: list[str] = []
-        self._finished = False
-        self._changed = threading.Condition()
-
-    def write(self, text: str) -> int:
-        """See `TextIOBase.write`."""
-        with self._changed:
-            self._parts.append(text)
-            self._changed.notify_all()
-        return self._inner.write(text)
-
-    def flush(self) -> None:
-        """See `IOBase.flush`."""
-        self._inner.flush()
-
-    def finish(self) -> None:
-        """No more is to be waited for."""
-        with self._changed:
-            self._finished = True
-            self._changed.notify_all()
-
-    def take(self, seconds: float) -> str:
-        """What was written since the last time; waits up to `seconds` for something."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._parts or self._finished, seconds)
-            text = "".join(self._parts)
-            self._parts.clear()
-        return text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,9 +55,36 @@ class Group:
         Raises:
             ConfigError: what is asked for, and what the nodes have.
         """
-        cluster.require(
-            self.size, self.needs, "fleet.learners", "learners", "(fleet.cpus_per_learner, fleet.gpus_per_learner)"
-        )
+        nodes = cluster.alive()
+        found = cluster.room(nodes, self.needs)
+        if found < self.size:
+            raise ConfigError(
+                f"fleet.learners: {self.size} learners of {self.needs} each do not fit, the cluster has room for"
+                f" {int(found)}: {cluster.describe(nodes)}; ask for fewer learners, or less for each"
+                " (fleet.cpus_per_learner, fleet.gpus_per_learner)"
+            )
+
+    def require_room_for_workers(self, needs: cluster.Needs) -> None:
+        """Refuse workers for which there is no room beside the learners.
+
+        Raises:
+            ConfigError: what is asked for, and what the nodes have.
+        """
+        nodes = cluster.alive()
+        left = [dict(node) for node in nodes]
+        for _ in range(self.size):
+            place = next((node for node in left if cluster.room([node], self.needs) >= 1), {})
+            for name, need in (("CPU", self.needs.cpus), ("GPU", self.needs.gpus)):
+                place[name] = place.get(name, 0.0) - need
+        wanted = self.config.workers if self.config.min_workers is None else self.config.min_workers
+        found = cluster.room(left, needs)
+        if found < wanted:
+            raise ConfigError(
+                f"fleet.workers: {wanted} workers of {needs} each do not fit beside {self.size} learners of"
+                f" {self.needs} each, there is room for {int(found)}: the cluster has {cluster.describe(nodes)};"
+                " ask for fewer, or for less for each (fleet.cpus_per_worker, fleet.gpus_per_worker, fleet.cpus_per_learner,"
+                " fleet.gpus_per_learner)"
+            )
 
     def run(
         self, program: Callable[[], Any], *, stopped: threading.Event, show: Callable[[str], None]
@@ -177,7 +129,7 @@ class Group:
                 if time.monotonic() >= end:
                     raise FleetError(
                         f"there was no room for {self.size} learners for {seconds:g} s (fleet.start_timeout_seconds):"
-                        f" each needs {self.needs}; {cluster.have_and_free()}"
+                        f" each needs {self.needs}; {_have_and_free()}"
                     )
             yield None if stopped.is_set() else place
         finally:
@@ -218,6 +170,13 @@ class Group:
         shared |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         shared |= {"OMP_NUM_THREADS": str(Surroundings.here(self.config.threads_per_worker).threads)}
         return [shared | {"RANK": str(rank)} for rank in range(self.size)]
+
+
+def _have_and_free() -> str:
+    """What the cluster has and what of it nobody holds, in words."""
+    free = {name: n for name, n in cluster.load_ray().available_resources().items() if name in ("CPU", "GPU")}
+    left = ", ".join(f"{number:g} {name}" for name, number in sorted(free.items())) or "nothing"
+    return f"the cluster has {cluster.describe(cluster.alive())}, of which {left} free"
 
 
 def _follow(
