@@ -82,8 +82,8 @@ class Group:
             raise ConfigError(
                 f"fleet.workers: {wanted} workers of {needs} each do not fit beside {self.size} learners of"
                 f" {self.needs} each, there is room for {int(found)}: the cluster has {cluster.describe(nodes)};"
-                " ask for fewer, or for less for each (fleet.cpus_per_worker, fleet.gpus_per_worker, fleet.cpus_per_learner,"
-                " fleet.gpus_per_learner)"
+                " ask for fewer, or for less for each (fleet.cpus_per_worker, fleet.gpus_per_worker,"
+                " fleet.cpus_per_learner, fleet.gpus_per_learner)"
             )
 
     def run(
