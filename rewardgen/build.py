@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +28,7 @@ from rewardgen.fleet.inline import InlinePool
 from rewardgen.held_out import evaluate_held_out, open_monitor, warn
 from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
+from rewardgen.learners import train_on_cluster
 from rewardgen.manifest import write_manifest
 from rewardgen.objective import Objective
 from rewardgen.policy import Policy
@@ -37,7 +39,7 @@ from rewardgen.scoring import ScoringWorker
 from rewardgen.sharding import ShardedPolicy, spread
 from rewardgen.trainer import Dataset, Trainer, choose_device
 from rewardgen.types import Example
-from rewardgen.workers import inline_workers, ray_judges, ray_workers
+from rewardgen.workers import inline_workers, ray_judges, ray_workers, share_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +114,8 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
     their official format (`weights/`), the comparison and the picture grid.
 
     Several processes, started by a launcher, each call this. The first one writes, prints and evaluates; where the
-    model is sharded all draw the evaluation's pictures, and only the first says what they are worth.
+    model is sharded all draw the evaluation's pictures, and only the first says what they are worth. With
+    `fleet.placement: colocated` one process calls it, and starts them on a Ray cluster.
 
     Returns:
         Whether the run is finished; False where a signal ended it early.
@@ -122,8 +125,16 @@ def train(experiment: Experiment, *, folder: Path | None = None, resume: bool = 
     """
     _check_keep_best(experiment)
     require_sources(experiment)
+    folder = folder or Path("runs") / experiment.name
+    if experiment.fleet.places_learners:
+        learner = partial(_train_here, experiment, folder, resume=True)
+        return train_on_cluster(experiment, learner, folder, resume=resume)
+    return _train_here(experiment, folder, resume=resume)
+
+
+def _train_here(experiment: Experiment, folder: Path, *, resume: bool) -> bool:
     with launched(choose_device(experiment.train.device), experiment.train.strategy) as processes, ExitStack() as stack:
-        return _train(experiment, folder or Path("runs") / experiment.name, processes, stack, resume=resume)
+        return _train(experiment, folder, processes, stack, resume=resume)
 
 
 def _train(experiment: Experiment, folder: Path, processes: Processes, stack: ExitStack, *, resume: bool) -> bool:
@@ -134,7 +145,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
     if processes.is_first:
         open_folder(folder, experiment, resume=resume)
     monitor = open_monitor(experiment, folder) if processes.is_first else None
-    remote = ray_workers(experiment, processes)  # they load their weights while this process does
+    remote = ray_workers(share_of(experiment, processes), processes)  # they load their weights while this process does
     if remote is not None:
         stack.enter_context(closing(remote))
     judges = ray_judges(experiment)

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from rewardgen.commands import cluster
+from rewardgen.commands import cluster, plan_options
 from rewardgen.commands.judge_options import judge_app
 from rewardgen.commands.options import (
     AsJson,
@@ -342,6 +342,7 @@ def world_build(
 
 
 app.command()(cluster.submit)
+app.command()(plan_options.plan)
 
 
 def main(arguments: list[str] | None = None) -> None:

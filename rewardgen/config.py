@@ -326,15 +326,35 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
             yield "rollout.buckets", "samples (objective.policy_gradient) are drawn in one size; leave out one of both"
     if not sampled and "judges" in experiment.fleet.model_fields_set:
         yield "fleet.judges", "no reward scores samples (objective.policy_gradient): there is nothing to judge"
+    if sampled and experiment.fleet.remote_rollouts and experiment.fleet.learners > 1:
+        yield "fleet.placement", "several learners score their own samples (objective.policy_gradient); use colocated"
+    if "judges" in experiment.fleet.model_fields_set and experiment.fleet.placement == "colocated":
+        yield "fleet.judges", "a learner that draws its own samples scores them too; leave it out"
     if set(objective.rewards) & set(experiment.evaluation.witnesses):
         shared = ", ".join(sorted(set(objective.rewards) & set(experiment.evaluation.witnesses)))
         yield "evaluation.witnesses", f"a witness needs a name that no reward has: {shared}"
     if experiment.evaluation.grid_examples > experiment.evaluation.num_examples:
         shown, drawn = experiment.evaluation.grid_examples, experiment.evaluation.num_examples
         yield "evaluation.grid_examples", f"{shown} pictures cannot be shown of evaluation.num_examples = {drawn}"
-    if experiment.train.strategy == "fsdp" and (experiment.fleet.pool != "inline" or experiment.fleet.staleness):
+    if experiment.train.strategy == "fsdp" and (experiment.fleet.remote_rollouts or experiment.fleet.staleness):
         yield "fleet", "a sharded model draws its own rollouts with its newest weights: pool inline, staleness 0"
+    yield from _placement_checks(experiment)
     yield from _value_checks(experiment)
+
+
+def _placement_checks(experiment: Experiment) -> Iterator[Fault]:
+    """What learners that are placed on a cluster cannot have."""
+    fleet, train = experiment.fleet, experiment.train
+    if not fleet.places_learners:
+        return
+    if train.strategy == "fsdp" and fleet.learners == 1:
+        yield "fleet.learners", "train.strategy: fsdp shards the model over several learners; there is 1"
+    if ":" in train.device:
+        yield "train.device", f"Ray gives each learner a GPU of its own, not all '{train.device}'; use auto or cuda"
+    if train.device == "cuda" and fleet.gpus_per_learner == 0:
+        yield "fleet.gpus_per_learner", "train.device is cuda, but the learners are to have no GPU"
+    if train.device == "cpu" and fleet.gpus_per_learner:
+        yield "fleet.gpus_per_learner", "train.device is cpu: the GPUs would be reserved for nothing"
 
 
 def _value_checks(experiment: Experiment) -> Iterator[Fault]:

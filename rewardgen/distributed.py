@@ -41,7 +41,12 @@ _BUCKET_BYTES = 32 * 2**20
 
 
 class ProcessError(UserError):
-    """Another process of the run failed or is gone, or the processes do different things."""
+    """Another process of the run failed or is gone, or the processes do different things.
+
+    `lost`: the connection to it broke, and it could not say why.
+    """
+
+    lost = False
 
 
 class Processes:
@@ -142,10 +147,12 @@ class Processes:
         except RuntimeError as error:
             self.lost = True
             reason = str(error).strip().splitlines()[0]
-            raise ProcessError(
+            fault = ProcessError(
                 f"process {self.rank} lost the others: one ended, or did not come within {patience}; its own output"
                 f" says why ({reason})"
-            ) from error
+            )
+            fault.lost = True
+            raise fault from error
         return gathered
 
 

@@ -27,13 +27,17 @@ _DISK = {
 """Faults of the place that a run is written to; what else may raise an OSError (a network, say) stays as it is."""
 
 
+ASKED = threading.Event()
+"""Set by whoever owns the main thread: a run in another thread, where no signal arrives, is to end as if by one."""
+
+
 @contextmanager
 def stop_signal() -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; after it the signals act as before."""
     stopped = threading.Event()
     # Only the main thread may handle signals; elsewhere whoever owns it decides.
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield ASKED
         return
     former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -49,7 +49,7 @@ def resume_command(experiment: Experiment, folder: Path, num_processes: int) -> 
     if resolved_settings(experiment) != experiment.model_dump(mode="json"):  # it lacks the secrets
         return f"the command that began it, and {shlex.join(resume)}"
     program = ["rewardgen"]
-    if num_processes > 1:
+    if num_processes > 1 and not experiment.fleet.places_learners:
         program = ["torchrun", "--nproc-per-node", str(num_processes), "-m", "rewardgen"]
     return shlex.join([*program, "train", str(folder / CONFIG), *resume])
 

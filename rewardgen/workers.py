@@ -70,18 +70,29 @@ def inline_workers(experiment: Experiment, policy: Policy) -> Pool:
     return InlinePool(worker, copies=experiment.fleet.staleness > 0)
 
 
+def share_of(experiment: Experiment, processes: Processes) -> Experiment:
+    """The experiment with this learner's share of the workers; the whole one where it is the only learner."""
+
+    def share(number: int | None) -> int | None:
+        return number and number // processes.size + (processes.rank < number % processes.size)
+
+    numbers = {name: share(getattr(experiment.fleet, name)) for name in ("workers", "min_workers")}
+    fleet = experiment.fleet.model_copy(update=numbers)
+    return experiment if processes.size == 1 else experiment.model_copy(update={"fleet": fleet})
+
+
 def ray_workers(experiment: Experiment, processes: Processes) -> Pool | None:
-    """The workers of `fleet.pool: ray`, which are on their way when this returns; None for another pool.
+    """The workers of `fleet.pool: ray`, which are on their way when this returns; None where learners draw themselves.
 
     Raises:
-        ConfigError: Ray is missing, there is no such cluster, it has no room for the workers, or the learner has
-            several processes.
+        ConfigError: Ray is missing, there is no such cluster, it has no room for the workers, or a launcher started
+            several learners.
     """
     config = experiment.fleet
-    if config.pool != "ray":
+    if not config.remote_rollouts:
         return None
-    if processes.size > 1:
-        raise ConfigError("fleet.pool: a learner of several processes draws its own rollouts; leave out fleet=ray")
+    if processes.size > 1 and not config.places_learners:
+        raise ConfigError("fleet.pool: learners that a launcher starts draw for themselves; set fleet.learners instead")
     micro_batches, ahead = _micro_batches(experiment), config.staleness
     if config.workers > micro_batches * (1 + ahead):
         warnings.warn(
@@ -106,7 +117,7 @@ def ray_judges(experiment: Experiment) -> Pool | None:
         ConfigError: the cluster has no room for them beside the workers.
     """
     config, rewards = experiment.fleet, _sampled(experiment)
-    if config.pool != "ray" or not rewards:
+    if not config.remote_rollouts or not rewards:
         return None
     from rewardgen.fleet.ray_pool import RayPool
 

@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rewardgen import interrupt
+from rewardgen.distributed import ProcessError
 from rewardgen.fleet.replica import Surroundings
 from rewardgen.reward import RewardWarning
 from rewardgen.rollout import RolloutWorker, Weights
 from rewardgen.scoring import ScoringWorker
 from rewardgen.types import Example, Rollout, RolloutRequest, Score
-from tests.toys import ToyJudge, ToyPolicy
+from tests.toys import ToyJudge, ToyPolicy, ToyReward
 
 T = TypeVar("T")
 
@@ -238,3 +240,45 @@ class Deadly:
         Hostile(self.folder).note("deadly")
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("still alive")
+
+
+class FatalReward(ToyReward):
+    """Kills the second learner's process at its n-th score, once.
+
+    Args:
+        marker: a file that is made then; an empty name kills nobody.
+        at: n, from 1.
+    """
+
+    def __init__(self, marker: str = "", at: int = 1) -> None:
+        super().__init__()
+        self.marker, self.at, self.calls = marker, at, 0
+
+    def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+        self.calls += 1
+        due = os.environ.get("RANK") == "1" and self.calls == self.at
+        if self.marker and due and not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(pixels_B3HW, examples)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A program of a group: says who it is, waits to be told to stop, and says so."""
+
+    def __call__(self) -> dict[str, str]:
+        print(f"rank {os.environ['RANK']} is here", flush=True)
+        assert interrupt.ASKED.wait(PATIENCE)
+        print("stopped")
+        return {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A program of a group that fails in the second process, and therefore in the first."""
+
+    def __call__(self) -> None:
+        if os.environ["RANK"] == "1":
+            raise NoRoomError("no weights here")
+        raise ProcessError("stopped, because process 1 failed")

@@ -544,6 +544,6 @@ def test_a_worker_is_made_of_the_policy_alone(tmp_path: Path, monkeypatch: pytes
     assert b"ToyReward" not in pickle.dumps(factory)
     assert isinstance(factory(), RolloutWorker)
     assert not factory().colocated
-    with pytest.raises(ConfigError, match="a learner of several processes draws its own rollouts"):
+    with pytest.raises(ConfigError, match="learners that a launcher starts draw for themselves"):
         ray_workers(load_experiment(path, overrides=settings), Processes(0, 2))
     assert ray_workers(load_experiment(path), Processes(0, 2)) is None

@@ -64,6 +64,7 @@ RANKS = {
     "rewardgen.memory_plan": 5,
     "rewardgen.run_folder": 6,
     "rewardgen.workers": 6,
+    "rewardgen.learners": 6,
     "rewardgen.build": 6,
     "rewardgen.held_out": 6,
     "rewardgen.reward_check": 6,

@@ -170,6 +170,13 @@ def nothing_came(seconds: float, group: Group) -> FleetError:
     )
 
 
+def bundle(place: Any, index: int) -> Any:
+    """The scheduling strategy of an actor that is to be in one of a placement group's bundles."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(placement_group=place, placement_group_bundle_index=index)
+
+
 def _on_node(node: Mapping[str, float], needs: Needs) -> float:
     shares = [
         int(node.get(name, 0.0) / need + 1e-9) for name, need in (("CPU", needs.cpus), ("GPU", needs.gpus)) if need

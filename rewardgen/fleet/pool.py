@@ -39,6 +39,7 @@ class FleetConfig(SparseSettings):
     sparse: ClassVar[frozenset[str]] = frozenset(
         {"workers", "min_workers", "address", "cpus_per_worker", "gpus_per_worker", "threads_per_worker"}
         | {"deadline_seconds", "max_tries", "start_timeout_seconds", "judges"}
+        | {"placement", "learners", "cpus_per_learner", "gpus_per_learner"}
     )
 
     pool: Literal["inline", "ray"] = "inline"
@@ -47,6 +48,17 @@ class FleetConfig(SparseSettings):
     staleness: int = Field(default=0, ge=0)
     """Updates by which the weights of a rollout lag behind: batch k is drawn with the weights after max(0, k - this)
     updates, always. It is also how many batches are drawn ahead while the learner works."""
+    placement: Literal["colocated", "disaggregated"] | None = None
+    """Who draws where. `colocated`: each learner for itself; with `pool: ray` the learners are processes on the
+    cluster. `disaggregated`: workers with CPUs and GPUs of their own; a single learner is then the process that was
+    started, several are on the cluster too. Null: as the pool has it, `inline` colocated and `ray` disaggregated."""
+    learners: int = Field(default=1, ge=1)
+    """Ray: processes that train together, each with its own micro-batches and its share of the workers."""
+    cpus_per_learner: float = Field(default=1.0, ge=0)
+    """Ray: CPUs that each learner on the cluster reserves."""
+    gpus_per_learner: int | None = Field(default=None, ge=0, le=1)
+    """Ray: GPUs that each learner on the cluster reserves. Null: one where the cluster has any and `train.device` is
+    not `cpu`, else none."""
     workers: int = Field(default=1, ge=1)
     """Ray: number of workers."""
     min_workers: int | None = Field(default=None, ge=0)
@@ -59,13 +71,15 @@ class FleetConfig(SparseSettings):
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """Ray: GPUs that each worker reserves. Null: one where the learner has a GPU, else none."""
     threads_per_worker: int | None = Field(default=None, ge=1)
-    """Ray: torch's threads in each worker. Null: as many as the learner has; other numbers may round otherwise."""
+    """Ray: torch's threads in each worker or placed learner. Null: as many as the process that was started has; other
+    numbers may round otherwise."""
     deadline_seconds: float = Field(default=1800.0, gt=0)
     """Ray: a worker that has not answered after so long is killed, and another one asked."""
     max_tries: int = Field(default=3, ge=1)
-    """Ray: workers that one request may cost before the run stops with an error that names it."""
+    """Ray: workers that one request may cost before the run stops with an error that names it; and how often in a row
+    learners on the cluster may be lost without having come to another checkpoint."""
     start_timeout_seconds: float = Field(default=900.0, gt=0)
-    """Ray: how long there may be no worker at all before the run stops."""
+    """Ray: how long there may be no worker at all, or no room for the learners, before the run stops."""
     judges: JudgesConfig = JudgesConfig()
     """Ray: a pool of their own for the rewards that score samples. Threads, deadline, tries and patience are those
     above, and where `min_workers` is set no more judges than that must fit at the start either."""
@@ -76,6 +90,17 @@ class FleetConfig(SparseSettings):
             raise ValueError("address: a learner is part of its cluster and does not use Ray Client; give host:6379")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, more than workers, which is {self.workers}")
+        if self.placement == "disaggregated" and self.pool == "inline":
+            raise ValueError("placement is disaggregated, but pool: inline draws in the learner's process; use ray")
+        if self.learners > 1 and (self.pool != "ray" or self.placement is None):
+            raise ValueError(
+                f"learners is {self.learners}, which are placed on a Ray cluster: set pool: ray, and placement:"
+                " colocated (each draws for itself) or disaggregated"
+            )
+        if self.places_learners and not self.remote_rollouts and (self.workers > 1 or self.min_workers is not None):
+            raise ValueError("workers: with placement colocated there are none; set learners, or leave out workers")
+        if self.remote_rollouts and self.workers < self.learners:
+            raise ValueError(f"workers is {self.workers}: each of {self.learners} learners needs one that draws for it")
         return self
 
     @property
@@ -88,6 +113,16 @@ class FleetConfig(SparseSettings):
         judges = self.judges.model_dump()
         fewest = None if self.min_workers is None else min(self.min_workers, self.judges.workers)
         return self.model_copy(update=judges | {"min_workers": fewest})
+
+    @property
+    def places_learners(self) -> bool:
+        """Whether the learners themselves are processes on a Ray cluster."""
+        return self.pool == "ray" and (self.placement == "colocated" or self.learners > 1)
+
+    @property
+    def remote_rollouts(self) -> bool:
+        """Whether rollouts are drawn in other processes than the learner's."""
+        return self.pool == "ray" and self.placement != "colocated"
 
 
 class Handle(ABC, Generic[T]):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from rewardgen.fleet.pool import Handle
-from rewardgen.measure import Clock
-from rewardgen.rollout import Weights
+
+if TYPE_CHECKING:  # a plan runs this on a virtual clock, without torch
+    from rewardgen.rollout import Weights
 
 Batch = TypeVar("Batch")
 
@@ -25,6 +27,13 @@ class Pending(Generic[Batch]):
 
     batch: Batch
     futures: Sequence[Future[Handle[Any]]]
+
+
+class Phases(Protocol):
+    """Who is told what took how long: a `Clock`."""
+
+    def phase(self, name: str, /) -> AbstractContextManager[None]:
+        """Take note of the block's duration."""
 
 
 class Ahead(Generic[Batch]):
@@ -62,7 +71,7 @@ class Ahead(Generic[Batch]):
         self._pending: dict[int, Pending[Batch]] = {}
         self._published: dict[int, Handle[Weights]] = {}
 
-    def ask(self, step: int, clock: Clock) -> Pending[Batch]:
+    def ask(self, step: int, clock: Phases) -> Pending[Batch]:
         """Ask for what may be asked for now that `step` updates are done; returns the batch of this step.
 
         Steps come in order. After a jump, drawing starts anew from there.
@@ -100,7 +109,7 @@ class Ahead(Generic[Batch]):
         self._pending, self._next = {}, step
         self._published = {number: self._put(weights) for number, weights in published.items()}
 
-    def _begin(self, step: int, clock: Clock) -> Pending[Batch]:
+    def _begin(self, step: int, clock: Phases) -> Pending[Batch]:
         with clock.phase("data"):
             batch = self._plan(step)
         if not self._needs_weights(step):

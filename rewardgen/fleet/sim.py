@@ -10,17 +10,14 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
-
 from rewardgen.fleet.dispatch import Dispatcher, Task
-from rewardgen.fleet.pool import Handle, Here
+from rewardgen.fleet.pool import Handle, Here, then
 from rewardgen.fleet.schedule import Ahead
-from rewardgen.measure import Clock
-from rewardgen.rollout import Weights
 
 T = TypeVar("T")
 
@@ -189,6 +186,16 @@ class SimPool:
         self._assign()
 
 
+_NO_WEIGHTS: Any = None
+
+
+class _Unmeasured:
+    """A clock of phases that nobody asks."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def step_seconds(
     pool: SimPool,
     clock: VirtualClock,
@@ -198,6 +205,8 @@ def step_seconds(
     staleness: int,
     learner_seconds: float,
     weights_seconds: float = 0.0,
+    judges: SimPool | None = None,
+    judged_per_step: int = 0,
 ) -> list[float]:
     """How long each step of a run would take on a pool.
 
@@ -209,25 +218,35 @@ def step_seconds(
         staleness: as in `FleetConfig`.
         learner_seconds: from having a step's rollouts to its update.
         weights_seconds: of the learner, to make new weights available.
+        judges: score some of what is drawn, worker to judge.
+        judged_per_step: so many of a step's micro-batches, the last ones.
     """
 
-    def put(weights: Weights) -> Handle[Weights]:
+    def put(weights: Any) -> Handle[Any]:
         clock.sleep(weights_seconds)
         return pool.put(weights)
+
+    def submit(step: int, weights: Handle[Any]) -> list[Future[Handle[Any]]]:
+        drawn = [pool.submit("rollout", step, weights) for _ in range(requests_per_step)]
+        if judges is None or not judged_per_step:
+            return drawn
+        scored = [then(future, partial(judges.submit, "score")) for future in drawn[-judged_per_step:]]
+        return [*drawn[:-judged_per_step], *scored]
 
     ahead: Ahead[int] = Ahead(
         put=put,
         plan=lambda step: step,
         needs_weights=lambda step: True,
-        submit=lambda step, weights: [pool.submit("rollout", step, weights) for _ in range(requests_per_step)],
-        publish=lambda: Weights(version=0, tensors={}),
+        submit=submit,
+        publish=lambda: _NO_WEIGHTS,
         staleness=staleness,
         num_steps=num_steps,
     )
     ends = [0.0]
     for step in range(num_steps):
-        pending = ahead.ask(step, Clock(torch.device("cpu")))
+        pending = ahead.ask(step, _Unmeasured())
         for future in pending.futures:
+            clock.wait(future.done)
             future.result()
         clock.sleep(learner_seconds)
         ends.append(clock.now)
