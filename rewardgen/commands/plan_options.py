@@ -33,10 +33,11 @@ def plan(
 ) -> None:
     """Find the best split of N GPUs into learners, rollout workers and judges.
 
-    Runs the loop of training on a virtual clock: seconds per step, how busy each
-    kind of GPU is, and the keys that set the best split. What the parts of a step
-    take is stated (--costs: rollout_seconds and learner_seconds of one micro-batch
-    on one GPU; judge_seconds, fixed_seconds, weights_seconds) or read from a run.
+    Runs the loop of training on a virtual clock: seconds per step, how busy
+    each kind of GPU is, and the keys that set the best split. What the parts
+    of a step take is read from a run or stated: rollout_seconds and
+    learner_seconds of one micro-batch on one GPU; judge_seconds,
+    fixed_seconds, weights_seconds.
 
     Examples:
       rewardgen plan experiments/uso_srl.yaml --gpus 8 --costs costs.json
