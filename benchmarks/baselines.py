@@ -205,23 +205,26 @@ def draw(experiment: Experiment, seed: int, drawing: Drawing, folder: Path) -> t
 
 
 def render(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> str:
-    """The table in Markdown: each arm's mean over its seeds, then every cell. `found` are the cells of `plans`."""
+    """Tables in Markdown: each arm's mean over its seeds; folded, every cell. `found` are the cells of `plans`."""
     pairs = list(zip(plans, map(shared.rows_of, found), strict=True))
     first = pairs[0][1]
     ceiling, base = ([f"{first[metric][which]:.3f}" for metric in METRICS] for which in ("ceiling", "base"))
     rows = [["truth", "", "", *ceiling, ""], ["base", "", "", *base, ""]]
     for arm in dict.fromkeys(cell.arm for cell in plans):
         group = [(cell, rows) for cell, rows in pairs if cell.arm == arm]
-        rows.append([f"**{arm}**", *_cost(group[0][0]), *shared.changes(_mean([rows for _, rows in group]))])
-    rows += [[f"{cell.arm}, seed {cell.seed}", *_cost(cell), *shared.changes(rows)] for cell, rows in pairs]
+        rows.append([arm, *_cost(group[0][0]), *shared.changes(_mean([rows for _, rows in group]))])
+    every = [[f"{cell.arm}, seed {cell.seed}", *_cost(cell), *shared.changes(rows)] for cell, rows in pairs]
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in plans})))
     note = (
-        f"{found[0]['comparison']['num_examples']} held-out pairs; in brackets the change from the base with its paired"
-        " 95 % interval. Bold: the mean over the seeds, with the mean of their limits, which is no narrower than an"
+        f"Means over seeds {seeds}; {found[0]['comparison']['num_examples']} held-out pairs. In brackets the change"
+        " from the base with its paired 95 % interval: the mean of the seeds' limits, which is no narrower than an"
         " interval of the mean would be. All arms cost the same DiT evaluations (a forward pass of one picture is 1,"
         f' with its backward pass 3), as nearly as whole steps allow. "{FREE}" has nothing that holds it to the data:'
         f" it is the arm that may hack the reward, to be read by its witnesses. {shared.WITNESSES}"
     )
-    return "\n".join([*shared.header("steps", "DiT evaluations"), *map(shared.line, rows), "", note]) + "\n"
+    header = shared.header("steps", "DiT evaluations")
+    folded = ["<details><summary>Seed by seed</summary>", "", *header, *map(shared.line, every), "", "</details>"]
+    return "\n".join([*header, *map(shared.line, rows), "", note, "", *folded]) + "\n"
 
 
 def _cost(cell: Plan) -> list[str]:

@@ -82,6 +82,7 @@ class Learner:
         self.term_grad_norms = term_grad_norms
         self.processes = processes or Processes()
         self.version = 0
+        self._names = list(policy.trainable())
         self._model = model = Differentiated(policy, precision, self.processes)
         self._flow_matching = FlowMatchingTerm(model)
         self._rewards = RewardTerms(model, objective, window)
@@ -225,7 +226,8 @@ class Learner:
 
     def publish(self) -> Weights:
         """The trained weights and their version, for rollout workers. The tensors are the live ones, not copies."""
-        return Weights(version=self.version, tensors={n: p.detach() for n, p in self.policy.trainable().items()})
+        tensors = zip(self._names, self._model.parameters, strict=True)
+        return Weights(version=self.version, tensors={name: parameter.detach() for name, parameter in tensors})
 
     def averaged(self) -> AbstractContextManager[None]:
         """While the block lasts the policy has its averaged weights; without `ema_decay` its own."""

@@ -198,11 +198,11 @@ def test_a_best_of_n_cell_from_drawing_to_table(tmp_path: Path, monkeypatch: pyt
     assert [set(row["terms"]) for row in steps] == [{"flow_matching"}] * plan.experiment.train.num_steps
     assert "jsonl" in (run / "config.yaml").read_text()
     table = baselines.render([plan], [cell])
-    assert f"| **{plan.arm}** | {plan.experiment.train.num_steps} |" in table
+    assert f"| {plan.arm} | {plan.experiment.train.num_steps} |" in table
     assert f"| {plan.arm}, seed 0 |" in table
 
 
-def test_the_bold_row_is_the_mean_of_the_seeds() -> None:
+def test_an_arms_row_is_the_mean_of_its_seeds() -> None:
     def cell(shift: float) -> dict[str, object]:
         limits = {"value": 0.1 + shift, "low": 0.05 + shift, "high": 0.2 + shift}
         row = {"base": 0.5, "trained": 0.6 + shift, "ceiling": 0.9, "change": limits, "gap_closed": limits}
@@ -211,9 +211,9 @@ def test_the_bold_row_is_the_mean_of_the_seeds() -> None:
 
     plans = [baselines.plan(baselines.SRL, seed) for seed in (0, 1)]
     table = baselines.render(plans, [cell(0.0), cell(0.02)])
-    (bold,) = [line for line in table.splitlines() if line.startswith("| **SRL**")]
-    assert bold.count("0.610 (+0.110 [+0.060, +0.210])") == len(cells.METRICS)
-    assert "11 % [6, 21]" in bold
+    (mean,) = [line for line in table.splitlines() if line.startswith("| SRL |")]
+    assert mean.count("0.610 (+0.110 [+0.060, +0.210])") == len(cells.METRICS)
+    assert "11 % [6, 21]" in mean
 
 
 def test_the_bare_loop_computes_the_same_gradient_and_another_is_told_apart(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -11,7 +13,7 @@ from rewardgen.rewards.faces.encoder import FaceEncoder
 from rewardgen.world.build import ASSETS
 from rewardgen.world.faces import MAX_PEOPLE
 from rewardgen.world.people_dataset import TinyPeople
-from rewardgen.world.recipes import detector, embedder, uno_base
+from rewardgen.world.recipes import detector, embedder, training, uno_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,3 +48,40 @@ def test_the_lesson_on_places_learns(policy: UnoPolicy) -> None:
     losses = uno_base.learn_to_copy(policy, worlds, 12)
     assert sum(losses[6:]) < sum(losses[:6])
     assert not torch.equal(before, policy.transformer.x_embedder.weight)
+
+
+class Stopped(Exception):
+    """Ends a training half way."""
+
+
+def test_a_cut_off_stage_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "KEEP_EVERY", 4)
+    recipe, asked = training.Recipe(name="toy", version="1", steps=14, batch=3, lr=0.1, seed=1), list[int]()
+
+    def run(keep: Path | None, *, shift: float = 0.0, until: int = 99) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 1)
+
+        def loss(step: int) -> torch.Tensor:
+            if step == until:
+                raise Stopped
+            asked.append(step)
+            noise = torch.randn(recipe.batch, 3, generator=torch.Generator().manual_seed(step))
+            value: torch.Tensor = (module(noise) - noise.sum(1, keepdim=True) - shift).square().mean()
+            return value
+
+        assert len(training.fit(module, loss, recipe, recipe.steps, keep)) == recipe.steps
+        return module.weight.detach()
+
+    undisturbed, keep = run(None), tmp_path / "runs" / "toy.pt"
+    with pytest.raises(Stopped):
+        run(keep, until=10)
+    asked.clear()
+    assert torch.equal(run(keep), undisturbed)
+    assert asked == [0, *range(8, 14)]  # the first says that nothing else has changed
+    asked.clear()
+    assert torch.equal(run(keep), undisturbed)
+    assert asked == [0]
+    other = run(keep, shift=1.0)  # other material: from the start
+    assert torch.equal(other, run(None, shift=1.0))
+    assert asked.count(1) == 2

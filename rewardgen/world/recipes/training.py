@@ -1,14 +1,17 @@
-"""The one training loop of all recipes: seeded, warm-up then cosine, resumable by nothing - each takes minutes."""
+"""The one training loop of most recipes: seeded, warm-up then cosine; the long ones go on where they were cut off."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+KEEP_EVERY = 250
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,33 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def fit(module: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe, steps: int) -> list[float]:
-    """Minimise `loss(step)` over the module's parameters with AdamW; returns the losses."""
+def fit(
+    module: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe, steps: int, keep: Path | None = None
+) -> list[float]:
+    """Minimise `loss(step)` over the module's parameters with AdamW; returns the losses.
+
+    Args:
+        loss: must depend on the step and the module alone; modules without dropout or batch statistics only.
+        keep: a file that is written every `KEEP_EVERY` steps and at the end of a training of at least so many. Where it
+            is there for this recipe, start and material, training goes on from it, to the same weights.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.01, betas=(0.9, 0.99))
-    losses, began = [], time.perf_counter()
-    for step in range(steps):
+    losses, began = list[float](), time.perf_counter()
+    keep = keep if steps >= KEEP_EVERY else None
+    belongs_to = {"recipe": asdict(recipe), "steps": steps}
+    if keep is not None:
+        with torch.no_grad():
+            belongs_to["first_loss"] = round(float(loss(0)), 4)  # tells other weights and other material
+    if keep is not None and keep.is_file():
+        kept = torch.load(keep, weights_only=True)
+        if kept["belongs_to"] == belongs_to:
+            losses = kept["losses"]
+            optimizer.load_state_dict(kept["optimizer"])
+            with torch.no_grad():
+                for parameter, value in zip(parameters, kept["parameters"], strict=True):
+                    parameter.copy_(value)
+    for step in range(len(losses), steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * cosine(step, steps, min(100, steps // 10 + 1))
         value = loss(step)
@@ -54,4 +78,9 @@ def fit(module: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe, steps:
                 f"{recipe.name}: step {step + 1}/{steps} loss {recent:.4f} {time.perf_counter() - began:.0f}s",
                 flush=True,
             )
+        if keep is not None and (step % KEEP_EVERY == KEEP_EVERY - 1 or step == steps - 1):
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            state = {"parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}
+            torch.save({"belongs_to": belongs_to, "losses": losses, **state}, keep.with_suffix(".part"))
+            keep.with_suffix(".part").replace(keep)
     return losses

@@ -39,6 +39,8 @@ from rewardgen.world.recipes.training import Recipe, fit
 CELLS = Recipe(name="uno-cells", version="1", steps=3500, batch=32, lr=1.2e-3, seed=802)
 GROUPS = Recipe(name="uno-groups", version="1", steps=4000, batch=8, lr=1e-3, seed=801)
 STAGES = (CELLS, GROUPS)
+KEPT = Path("runs") / "world"
+"""Where the stages are kept while they are trained, below the folder that one is in: together they take an hour."""
 FOLDER = "people"
 COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 """Parts of the tiny base that the folder `people` needs to be a whole pipeline."""
@@ -99,7 +101,7 @@ def cells_of(policy: UnoPolicy, world: TinyPeople) -> Cells:
     )
 
 
-def learn_to_copy(policy: UnoPolicy, worlds: Sequence[Cells], steps: int) -> list[float]:
+def learn_to_copy(policy: UnoPolicy, worlds: Sequence[Cells], steps: int, keep: Path | None = None) -> list[float]:
     """In place; returns the losses. A step has one place in the picture, and one in the row of references."""
     model, rows, columns = policy.transformer, SIDE // policy.multiple, SIDE // policy.multiple
     height, width = rows // 2, columns // 3  # of a place, in tokens
@@ -135,7 +137,7 @@ def learn_to_copy(policy: UnoPolicy, worlds: Sequence[Cells], steps: int) -> lis
         return denoising(velocity, world.truth_NLC[n][:, inside_L], rng)
 
     policy.train()
-    losses = fit(policy, loss, CELLS, steps)
+    losses = fit(policy, loss, CELLS, steps, keep)
     policy.eval()
     return losses
 
@@ -149,7 +151,9 @@ def denoising(velocity: VelocityFn, clean_BLC: Tensor, rng: torch.Generator) -> 
     return value
 
 
-def train(policy: UnoPolicy, worlds: Sequence[tuple[TinyPeople, Tensor]], steps: int) -> list[float]:
+def train(
+    policy: UnoPolicy, worlds: Sequence[tuple[TinyPeople, Tensor]], steps: int, keep: Path | None = None
+) -> list[float]:
     """Whole groups, in place; returns the losses."""
 
     def loss(step: int) -> Tensor:
@@ -161,7 +165,7 @@ def train(policy: UnoPolicy, worlds: Sequence[tuple[TinyPeople, Tensor]], steps:
         return denoising(velocity, latents_NLC[index_B], rng)
 
     policy.train()
-    losses = fit(policy, loss, GROUPS, steps)
+    losses = fit(policy, loss, GROUPS, steps, keep)
     policy.eval()
     return losses
 
@@ -205,9 +209,10 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     policy = policy_of(folder, transformer, "transformer")
     pictures = max(CELLS.batch, round(PICTURES * min(1.0, steps_factor)))
     worlds = [TinyPeople("train", pictures, seed=people, people=people) for people in range(1, MAX_PEOPLE + 1)]
-    learn_to_copy(policy, [cells_of(policy, world) for world in worlds], CELLS.scaled(steps_factor))
+    keep = [KEPT / f"{recipe.name}-{recipe.version}.pt" for recipe in STAGES]
+    learn_to_copy(policy, [cells_of(policy, world) for world in worlds], CELLS.scaled(steps_factor), keep[0])
     targets = [latents_of(policy, base.targets([world[i] for i in range(len(world))])) for world in worlds]
-    train(policy, list(zip(worlds, targets, strict=True)), GROUPS.scaled(steps_factor))
+    train(policy, list(zip(worlds, targets, strict=True)), GROUPS.scaled(steps_factor), keep[1])
     transformer.to(torch.float16).save_pretrained(folder / FOLDER / "transformer")
     for name in COPIED:
         shutil.copytree(folder / "base" / name, folder / FOLDER / name, dirs_exist_ok=True)
