@@ -145,7 +145,8 @@ class FluxPolicy(Policy):
     @property
     def device(self) -> torch.device:
         # Not `transformer.device`: diffusers looks through all modules for hooks each time it is asked.
-        return next(self.transformer.parameters()).device
+        device: torch.device = next(self.transformer.parameters()).device
+        return device
 
     # -- encoding --
 
