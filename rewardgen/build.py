@@ -25,6 +25,7 @@ from rewardgen.evaluation.grid import save_grid
 from rewardgen.evaluation.monitor import DriftError, without_statistics
 from rewardgen.evaluation.score import target_scores
 from rewardgen.fleet.inline import InlinePool
+from rewardgen.fleet.pool import Pool
 from rewardgen.held_out import evaluate_held_out, open_monitor, warn
 from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
@@ -145,12 +146,9 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
     if processes.is_first:
         open_folder(folder, experiment, resume=resume)
     monitor = open_monitor(experiment, folder) if processes.is_first else None
-    remote = ray_workers(share_of(experiment, processes), processes)  # they load their weights while this process does
-    if remote is not None:
-        stack.enter_context(closing(remote))
-    judges = ray_judges(experiment)
-    if judges is not None:
-        stack.enter_context(closing(judges))
+    # They load their weights while this process does.
+    remote = _closed_by(stack, ray_workers(share_of(experiment, processes), processes))
+    judges = _closed_by(stack, ray_judges(experiment))
     parts = assemble(experiment, processes)
     pool = remote or inline_workers(experiment, parts.policy)
     if processes.is_first:
@@ -209,6 +207,10 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
         if base is not None and trained is not None:
             _finish(experiment, parts, base, trained, folder)
     return True
+
+
+def _closed_by(stack: ExitStack, pool: Pool | None) -> Pool | None:
+    return None if pool is None else stack.enter_context(closing(pool))
 
 
 def evaluate_checkpoint(
