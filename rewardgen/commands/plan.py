@@ -126,7 +126,7 @@ def _text(experiment: Experiment, work: Work, costs: Costs, rows: list[dict[str,
         line = [row["placement"], staleness, *numbers, f"{row['seconds_per_step']:.4g}"]
         line += ["" if row["examples_per_second"] is None else f"{row['examples_per_second']:.4g}"]
         line += [_percent(row[name]) for name in ("learners_busy", "workers_busy", "judges_busy")]
-        table.append(line + [f"{row['price']:,.2f}"] * ("price" in row))
+        table.append(line + ([f"{row['price']:,.2f}"] if "price" in row else []))
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     setting = " ".join(chosen["overrides"])
