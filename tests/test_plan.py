@@ -235,6 +235,10 @@ def test_the_command_names_keys_that_the_best_split_can_be_set_by(
     assert "best at staleness 0: fleet=ray fleet.placement=colocated fleet.learners=4 train.accumulation=1" in text
     assert "4 micro-batches of 2, 4 requests" in text
     assert text.count("disaggregated") == 2
+    assert "price of 5 steps" in text
+    unpriced = planned(tmp_path, capsys, few, price=None)
+    assert "price" not in unpriced
+    assert unpriced.count("disaggregated") == 2
 
 
 def test_a_plan_from_a_run_of_another_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
