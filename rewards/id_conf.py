@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rewardgen.reward import Reward
-from rewardgen.rewards.faces.encoder import FaceEncoder
 from rewardgen.rewards.faces.metrics import id_conf
+from rewardgen.rewards.faces.reward import FaceReward
 from rewardgen.types import Example, Score
 
 
-class IdConfReward(Reward):
+class IdConfReward(FaceReward):
     """Mean confidence of the references, x 100: how much less than its best face its second best is like each.
 
     Officially a reference in a picture with fewer than two faces is left out. All references of a picture share its
@@ -27,17 +26,6 @@ class IdConfReward(Reward):
     """
 
     differentiable: ClassVar[bool] = False
-
-    def __init__(self, faces: FaceEncoder) -> None:
-        super().__init__()
-        self.faces = faces
-
-    @classmethod
-    def from_pretrained(
-        cls, checkpoint: str, *, detector: str = "given", confidence: float | None = None
-    ) -> IdConfReward:
-        """Read an IResNet (`load_iresnet`) and open a detector (`open_detector`)."""
-        return cls(FaceEncoder.from_pretrained(checkpoint, detector, confidence))
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         seen = self.faces.compare(pixels_B3HW.detach(), examples, one_each=True)

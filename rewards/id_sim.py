@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rewardgen.reward import Reward
-from rewardgen.rewards.faces.encoder import FaceEncoder
 from rewardgen.rewards.faces.explain import face_matches
 from rewardgen.rewards.faces.metrics import id_sim
+from rewardgen.rewards.faces.reward import FaceReward
 from rewardgen.types import Example, FaceMatches, Score
 
 
-class IdSimReward(Reward):
+class IdSimReward(FaceReward):
     """Mean over the references of the largest cosine with a face of the picture, x 100; 0 where it has no face.
 
     The published number is the mean over all references of a benchmark. Here each picture has its mean, and a table
@@ -27,17 +26,6 @@ class IdSimReward(Reward):
     """
 
     differentiable: ClassVar[bool] = False
-
-    def __init__(self, faces: FaceEncoder) -> None:
-        super().__init__()
-        self.faces = faces
-
-    @classmethod
-    def from_pretrained(
-        cls, checkpoint: str, *, detector: str = "given", confidence: float | None = None
-    ) -> IdSimReward:
-        """Read an IResNet (`load_iresnet`) and open a detector (`open_detector`)."""
-        return cls(FaceEncoder.from_pretrained(checkpoint, detector, confidence))
 
     def explain(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> list[FaceMatches]:
         """Who was found in each picture, one face to a reference."""

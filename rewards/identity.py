@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rewardgen.reward import Reward
-from rewardgen.rewards.faces.encoder import FaceEncoder
 from rewardgen.rewards.faces.explain import face_matches
+from rewardgen.rewards.faces.reward import FaceReward
 from rewardgen.types import Example, FaceMatches, Score
 
 
-class IdentityReward(Reward):
+class IdentityReward(FaceReward):
     """Cosine of the face embeddings of the picture and of the identity reference, in [-1, 1].
 
     `SIR = cos(psi(picture), psi(reference))`. The paper says it for one face and one reference. With more, a reference
@@ -29,17 +28,6 @@ class IdentityReward(Reward):
     """
 
     differentiable = True
-
-    def __init__(self, faces: FaceEncoder) -> None:
-        super().__init__()
-        self.faces = faces
-
-    @classmethod
-    def from_pretrained(
-        cls, checkpoint: str, *, detector: str = "given", confidence: float | None = None
-    ) -> IdentityReward:
-        """Read an IResNet (`load_iresnet`) and open a detector (`open_detector`)."""
-        return cls(FaceEncoder.from_pretrained(checkpoint, detector, confidence))
 
     def explain(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> list[FaceMatches]:
         """Who was found in each picture, one face to a reference (the value allows one face for several)."""

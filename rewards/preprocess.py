@@ -55,7 +55,13 @@ def resize_centre_crop(pixels_B3HW: Tensor, size: int, *, round_8bit: bool = Fal
 
 
 def resize(
-    pixels_B3HW: Tensor, height: int, width: int, *, kernel: Kernel = "bicubic", round_8bit: bool = False
+    pixels_B3HW: Tensor,
+    height: int,
+    width: int,
+    *,
+    kernel: Kernel = "bicubic",
+    round_8bit: bool = False,
+    height_first: bool = False,
 ) -> Tensor:
     """PIL's `resize((width, height), kernel)` of whole pictures, sides not in proportion allowed.
 
@@ -64,6 +70,7 @@ def resize(
         height: of the result in pixels.
         width: of the result in pixels.
         kernel: which of PIL's filters.
+        height_first: the order of the two passes; it shows only with `round_8bit`, which rounds after each.
 
     Returns:
         [B, 3, height, width].
@@ -73,7 +80,8 @@ def resize(
     """
     _check(pixels_B3HW)
     rows, columns = pixels_B3HW.shape[-2:]
-    return _resample(pixels_B3HW, (rows, height, 0, height), (columns, width, 0, width), kernel, round_8bit)
+    down, across = (rows, height, 0, height), (columns, width, 0, width)
+    return _resample(pixels_B3HW, down, across, kernel, round_8bit, height_first)
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -125,7 +133,9 @@ def _stays(axis: _Window) -> bool:
     return length == resized == kept and first == 0
 
 
-def _resample(given: Tensor, rows: _Window, columns: _Window, kernel: Kernel, round_8bit: bool) -> Tensor:
+def _resample(
+    given: Tensor, rows: _Window, columns: _Window, kernel: Kernel, round_8bit: bool, height_first: bool = False
+) -> Tensor:
     pixels = given if given.dtype == torch.float64 else given.float()
     # Autocast would turn the two products into bfloat16, coarser than the 8 bits of a picture.
     with torch.autocast(pixels.device.type, enabled=False):
@@ -136,7 +146,7 @@ def _resample(given: Tensor, rows: _Window, columns: _Window, kernel: Kernel, ro
             smooth = down @ (pixels @ across.T)
         if not round_8bit:
             return smooth
-        rounded = _resample_8bit(pixels.detach(), rows, columns, kernel).to(smooth.dtype)
+        rounded = _resample_8bit(pixels.detach(), rows, columns, kernel, height_first).to(smooth.dtype)
     return straight_through(rounded, smooth)
 
 
@@ -194,13 +204,14 @@ def _lanczos(x: Tensor) -> Tensor:
 _FILTERS: dict[Kernel, Callable[[Tensor], Tensor]] = {"bilinear": _bilinear, "bicubic": _bicubic, "lanczos": _lanczos}
 
 
-def _resample_8bit(pixels: Tensor, rows: _Window, columns: _Window, kernel: Kernel) -> Tensor:
+def _resample_8bit(pixels: Tensor, rows: _Window, columns: _Window, kernel: Kernel, height_first: bool) -> Tensor:
     """PIL's integer arithmetic in float64, whose 53 bits hold its 32-bit sums exactly; levels / 255."""
     levels = torch.round(pixels.double().clamp(0, 1) * 255)
     across = _weights(*columns, kernel, torch.float64, pixels.device, whole=True)
     down = _weights(*rows, kernel, torch.float64, pixels.device, whole=True)
-    levels = _to_level(levels @ across.T)
-    return _to_level(down @ levels) / 255
+    if height_first:
+        return _to_level(_to_level(down @ levels) @ across.T) / 255
+    return _to_level(down @ _to_level(levels @ across.T)) / 255
 
 
 def _to_level(sums: Tensor) -> Tensor:

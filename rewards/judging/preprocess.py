@@ -1,9 +1,9 @@
 """A processor's preprocessing of pictures, written out with a gradient.
 
 Processors on PIL resize an 8-bit picture, cut its centre, and normalise; Qwen-VL's then cut it into patches. The same
-is done here in torch: the resize as two products with small matrices, rounding to 8 bits straight-through. Whatever a
-processor's settings say, it is the result that counts: a new `Preprocess` is compared with the processor itself on
-random pictures, and refused if any value differs by more than one 8-bit level.
+is done here in torch, rounding to 8 bits straight-through. Whatever a processor's settings say, it is the result that
+counts: a new `Preprocess` is compared with the processor itself on random pictures, and refused if any value differs by
+more than one 8-bit level.
 
 Shape suffixes: H and W pixels of a side, S pixels of a side of the model's input.
 """
@@ -11,7 +11,7 @@ Shape suffixes: H and W pixels of a side, S pixels of a side of the model's inpu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -22,12 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from rewardgen.errors import ConfigError
-from rewardgen.rewards.preprocess import clamp_straight_through, normalise, straight_through
+from rewardgen.rewards.preprocess import Kernel, clamp_straight_through, normalise, resize
 
-_FRACTION_BITS = 22
-"""PIL's 8-bit resize keeps its weights as integers with this many bits after the point."""
 _CHECK_SIZES = ((48, 80), (90, 50), (31, 31))
-_FILTERS = {
+_FILTERS: dict[Image.Resampling, Kernel] = {
     Image.Resampling.BILINEAR: "bilinear",
     Image.Resampling.BICUBIC: "bicubic",
     Image.Resampling.LANCZOS: "lanczos",
@@ -49,7 +47,7 @@ class Preprocess:
     """
 
     size: tuple[int, ...]
-    kernel: str
+    kernel: Kernel
     crop: tuple[int, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -106,14 +104,11 @@ class Preprocess:
         # Autocast's bfloat16 is coarser than the 8 bits of a picture.
         with torch.autocast(pixels.device.type, enabled=False):
             pixels = clamp_straight_through(pixels)
-            height, width = self._resized(*pixels.shape[-2:])
-            rounded = _resize_8bit(pixels.detach(), height, width, self.kernel) if round_8bit else None
-            if (height, width) != tuple(pixels.shape[-2:]):
-                across = _weights(pixels.shape[-1], width, self.kernel, pixels.dtype, pixels.device)
-                down = _weights(pixels.shape[-2], height, self.kernel, pixels.dtype, pixels.device)
-                pixels = down @ (pixels @ across.T)
-            if rounded is not None:
-                pixels = straight_through(rounded.to(pixels.dtype), pixels)
+            (rows, columns), (height, width) = pixels.shape[-2:], self._resized(*pixels.shape[-2:])
+            first = round_8bit and _height_first(rows, columns, height, width, self.kernel)
+            (pixels,) = resize(
+                pixels[None], height, width, kernel=self.kernel, round_8bit=round_8bit, height_first=first
+            )
             if self.crop:
                 top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
                 if top < 0 or left < 0:
@@ -180,83 +175,16 @@ def _patches(pixels_3HW: Tensor, side: int, merged: int, repeats: int) -> Tensor
     return blocks.unsqueeze(5).expand(-1, -1, -1, -1, -1, repeats, -1, -1).reshape(rows * columns * merged**2, -1)
 
 
-def _resize_8bit(pixels: Tensor, height: int, width: int, kernel: str) -> Tensor:
-    """PIL's resize of the 8-bit picture, exactly: its integer arithmetic in float64, whose 53 bits hold the sums."""
-    levels = (pixels.double().clamp(0, 1) * 255).round()
-    old_height, old_width = levels.shape[-2:]
-    if (height, width) == (old_height, old_width):
-        return levels / 255
-    across = _weights(old_width, width, kernel, torch.float64, levels.device, whole=True)
-    down = _weights(old_height, height, kernel, torch.float64, levels.device, whole=True)
-    # Each pass is clamped and rounded, so their order shows.
-    if _down_first(old_height, old_width, height, width, kernel):
-        return _to_level(_to_level(down @ levels) @ across.T) / 255
-    return _to_level(down @ _to_level(levels @ across.T)) / 255
-
-
-def _to_level(sums: Tensor) -> Tensor:
-    return torch.floor(sums / 2.0**_FRACTION_BITS + 0.5).clamp(0, 255)
-
-
-@lru_cache(maxsize=128)
-def _weights(
-    length: int, resized: int, kernel: str, dtype: torch.dtype, device: torch.device, *, whole: bool = False
-) -> Tensor:
-    """PIL's resize of one axis as a matrix [resized, length]; `whole`: as PIL's integers.
-
-    The kernel is stretched if shrinking, and cut at the border. As `rewardgen.rewards.preprocess` does for bicubic.
-    """
-    function, support = _KERNELS[kernel]
-    # A matrix made in inference mode would be useless for gradients later.
-    with torch.inference_mode(False), torch.no_grad():
-        scale = length / resized
-        stretch = max(scale, 1.0)
-        centre = (torch.arange(resized, dtype=torch.float64) + 0.5) * scale
-        start = (centre - support * stretch + 0.5).long().clamp(min=0)
-        stop = (centre + support * stretch + 0.5).long().clamp(max=length)
-        index = torch.arange(length)
-        # The order of operations is PIL's too: a last bit can turn a tie between two of the 256 levels.
-        matrix = function((index - centre[:, None] + 0.5) * (1 / stretch))
-        matrix *= (index >= start[:, None]) & (index < stop[:, None])
-        matrix *= 1 / matrix.cumsum(1)[:, -1:]
-        if whole:
-            scaled = matrix * 2.0**_FRACTION_BITS
-            matrix = torch.trunc(scaled + torch.copysign(torch.tensor(0.5, dtype=torch.float64), scaled))
-        return matrix.to(dtype=dtype, device=device)
-
-
 @lru_cache(maxsize=1024)
-def _down_first(old_height: int, old_width: int, height: int, width: int, kernel: str) -> bool:
+def _height_first(old_height: int, old_width: int, height: int, width: int, kernel: Kernel) -> bool:
     """Whether the installed Pillow resizes the height before the width. It depends on the version and on the sizes."""
     levels = np.random.default_rng(0).integers(0, 2, (old_height, old_width, 1), dtype=np.uint8).repeat(3, 2) * 255
     resample = next(resample for resample, name in _FILTERS.items() if name == kernel)
     resized = np.array(Image.fromarray(levels).resize((width, height), resample))
-    expected, pixels = (torch.from_numpy(picture).permute(2, 0, 1).double() for picture in (resized, levels))
-    cpu = torch.device("cpu")
-    across = _weights(old_width, width, kernel, torch.float64, cpu, whole=True)
-    down = _weights(old_height, height, kernel, torch.float64, cpu, whole=True)
-    down_last = (_to_level(down @ _to_level(pixels @ across.T)) - expected).abs().sum()
-    return bool((_to_level(_to_level(down @ pixels) @ across.T) - expected).abs().sum() < down_last)
+    expected, given = (torch.from_numpy(picture).permute(2, 0, 1).double() / 255 for picture in (resized, levels))
 
+    def fault(height_first: bool) -> float:
+        drawn = resize(given[None], height, width, kernel=kernel, round_8bit=True, height_first=height_first)
+        return float((drawn[0] - expected).abs().sum())
 
-def _bilinear(x: Tensor) -> Tensor:
-    return (1 - x.abs()).clamp(min=0)
-
-
-def _bicubic(x: Tensor) -> Tensor:
-    """Keys' kernel with a = -0.5."""
-    x = x.abs()
-    inner = (1.5 * x - 2.5) * x * x + 1
-    outer = -0.5 * (((x - 5) * x + 8) * x - 4)
-    return torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0))
-
-
-def _lanczos(x: Tensor) -> Tensor:
-    return torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), 0.0)
-
-
-_KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-    "bilinear": (_bilinear, 1),
-    "bicubic": (_bicubic, 2),
-    "lanczos": (_lanczos, 3),
-}
+    return fault(height_first=True) < fault(height_first=False)
