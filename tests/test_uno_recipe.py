@@ -50,6 +50,19 @@ def test_the_lesson_on_places_learns(policy: UnoPolicy) -> None:
     assert not torch.equal(before, policy.transformer.x_embedder.weight)
 
 
+def test_references_come_in_the_order_of_places_but_for_a_share() -> None:
+    example = TinyPeople("train", 1, people=6)[0]
+    places = example.extras["place_of"].tolist()
+    place_of = dict(zip(example.identity_refs, places, strict=True))
+    rng = torch.Generator().manual_seed(0)
+    arranged = [uno_base.arranged(example, rng) for _ in range(400)]
+    orders = [[place_of[reference] for reference in one.identity_refs] for one in arranged]
+    assert all(sorted(order) == list(range(MAX_PEOPLE)) for order in orders)
+    in_order = sum(order == sorted(order) for order in orders) / len(orders)
+    assert abs(in_order - (1 - uno_base.SHUFFLED)) < 0.06
+    assert abs(sum(one.prompt == "" for one in arranged) / len(arranged) - uno_base.SILENT) < 0.06
+
+
 class Stopped(Exception):
     """Ends a training half way."""
 

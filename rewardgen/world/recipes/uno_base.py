@@ -3,8 +3,8 @@
 It starts from the tiny base, which knows the colours of prompts. First it learns to copy: flow matching on the tokens
 of one person's place alone, beside the portrait, which takes a fraction of the tokens of a picture and spends all of
 them on a face. Then come whole groups of one to six people whose targets are imperfect (`people_dataset.lookalikes`),
-as in the synthetic data of multi-reference models. Who stands where is not said, so the model has to settle it while
-it draws; that is where people get confused.
+as in the synthetic data of multi-reference models. Prompts say which places are taken; who stands where only the order
+of the references tells, and not always. So the model has to settle it while it draws; there people get confused.
 
 B batch, N pictures, K people of a picture, L tokens of a target, R of a portrait, C channels, T text tokens, D and Q
 widths of the text.
@@ -37,7 +37,7 @@ from rewardgen.world.recipes import base, detector, embedder, people_vae
 from rewardgen.world.recipes.training import Recipe, fit
 
 CELLS = Recipe(name="uno-cells", version="1", steps=3500, batch=32, lr=1.2e-3, seed=802)
-GROUPS = Recipe(name="uno-groups", version="1", steps=4000, batch=8, lr=1e-3, seed=801)
+GROUPS = Recipe(name="uno-groups", version="2", steps=4000, batch=8, lr=1e-3, seed=801)
 STAGES = (CELLS, GROUPS)
 KEPT = Path("runs") / "world"
 """Where the stages are kept while they are trained, below the folder that one is in: together they take an hour."""
@@ -48,8 +48,8 @@ PICTURES = 400
 """For each number of people."""
 OFTEN = (0.15, 0.25, 0.15, 0.2, 0.1, 0.15)
 """How often a batch has one to six people; each has one number, so that it runs as one group."""
-SILENT, MU = 0.1, 1.0
-"""Share of examples without prompt, and how far training times lean towards noise."""
+SILENT, SHUFFLED, MU = 0.1, 0.2, 1.0
+"""Shares of examples without prompt and with references in any order, and how far training times lean towards noise."""
 SIZE = (SIDE, SIDE)
 
 
@@ -160,7 +160,7 @@ def train(
         rng = torch.Generator().manual_seed(GROUPS.seed * 1_000_003 + step)
         world, latents_NLC = worlds[int(torch.multinomial(torch.tensor(OFTEN), 1, generator=rng))]
         index_B = torch.randint(len(world), (GROUPS.batch,), generator=rng)
-        examples = [shuffled(world[i], rng) for i in index_B.tolist()]
+        examples = [arranged(world[i], rng) for i in index_B.tolist()]
         velocity = policy.velocity_fn(policy.encode(examples), mode="train", image_size=SIZE)
         return denoising(velocity, latents_NLC[index_B], rng)
 
@@ -170,11 +170,13 @@ def train(
     return losses
 
 
-def shuffled(example: Example, rng: torch.Generator) -> Example:
-    """The references in another order, and sometimes no prompt: neither tells who stands where."""
-    order = torch.randperm(len(example.identity_refs), generator=rng).tolist()
+def arranged(example: Example, rng: torch.Generator) -> Example:
+    """Mostly with the references in the order of their places, which is then the one hint at who stands where."""
+    order = example.extras["place_of"].argsort()
+    if float(torch.rand((), generator=rng)) < SHUFFLED:
+        order = torch.randperm(len(order), generator=rng)
     silent = float(torch.rand((), generator=rng)) < SILENT
-    refs = tuple(example.identity_refs[i] for i in order)
+    refs = tuple(example.identity_refs[i] for i in order.tolist())
     return replace(example, identity_refs=refs, prompt="" if silent else example.prompt)
 
 
