@@ -38,14 +38,15 @@ from rewardgen.world.recipes.training import Recipe, fit
 
 CELLS = Recipe(name="uno-cells", version="1", steps=3500, batch=32, lr=1.2e-3, seed=802)
 GROUPS = Recipe(name="uno-groups", version="2", steps=4000, batch=8, lr=1e-3, seed=801)
-STAGES = (CELLS, GROUPS)
+MORE = Recipe(name="uno-more", version="1", steps=5000, batch=8, lr=8e-4, seed=803)
+STAGES = (CELLS, GROUPS, MORE)
 KEPT = Path("runs") / "world"
 """Where the stages are kept while they are trained, below the folder that one is in: together they take an hour."""
 FOLDER = "people"
 COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 """Parts of the tiny base that the folder `people` needs to be a whole pipeline."""
-PICTURES = 400
-"""For each number of people."""
+PICTURES, MORE_PICTURES = 400, 800
+"""For each number of people: of the first two stages, and of the last, which has others."""
 OFTEN = (0.15, 0.25, 0.15, 0.2, 0.1, 0.15)
 """How often a batch has one to six people; each has one number, so that it runs as one group."""
 SILENT, SHUFFLED, MU = 0.1, 0.2, 1.0
@@ -152,20 +153,22 @@ def denoising(velocity: VelocityFn, clean_BLC: Tensor, rng: torch.Generator) -> 
 
 
 def train(
-    policy: UnoPolicy, worlds: Sequence[tuple[TinyPeople, Tensor]], steps: int, keep: Path | None = None
+    policy: UnoPolicy, worlds: Sequence[TinyPeople], recipe: Recipe, steps: int, keep: Path | None = None
 ) -> list[float]:
-    """Whole groups, in place; returns the losses."""
+    """Whole groups, in place; returns the losses. `worlds` have one to six people."""
+    targets = [latents_of(policy, base.targets([world[i] for i in range(len(world))])) for world in worlds]
 
     def loss(step: int) -> Tensor:
-        rng = torch.Generator().manual_seed(GROUPS.seed * 1_000_003 + step)
-        world, latents_NLC = worlds[int(torch.multinomial(torch.tensor(OFTEN), 1, generator=rng))]
-        index_B = torch.randint(len(world), (GROUPS.batch,), generator=rng)
+        rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        which = int(torch.multinomial(torch.tensor(OFTEN), 1, generator=rng))
+        world, latents_NLC = worlds[which], targets[which]
+        index_B = torch.randint(len(world), (recipe.batch,), generator=rng)
         examples = [arranged(world[i], rng) for i in index_B.tolist()]
         velocity = policy.velocity_fn(policy.encode(examples), mode="train", image_size=SIZE)
         return denoising(velocity, latents_NLC[index_B], rng)
 
     policy.train()
-    losses = fit(policy, loss, GROUPS, steps, keep)
+    losses = fit(policy, loss, recipe, steps, keep)
     policy.eval()
     return losses
 
@@ -209,13 +212,19 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     transformer = FluxTransformer2DModel.from_pretrained(folder / "base" / "transformer", torch_dtype=torch.float32)
     torch.manual_seed(CELLS.seed)
     policy = policy_of(folder, transformer, "transformer")
-    pictures = max(CELLS.batch, round(PICTURES * min(1.0, steps_factor)))
-    worlds = [TinyPeople("train", pictures, seed=people, people=people) for people in range(1, MAX_PEOPLE + 1)]
     keep = [KEPT / f"{recipe.name}-{recipe.version}.pt" for recipe in STAGES]
-    learn_to_copy(policy, [cells_of(policy, world) for world in worlds], CELLS.scaled(steps_factor), keep[0])
-    targets = [latents_of(policy, base.targets([world[i] for i in range(len(world))])) for world in worlds]
-    train(policy, list(zip(worlds, targets, strict=True)), GROUPS.scaled(steps_factor), keep[1])
+    steps = [recipe.scaled(steps_factor) for recipe in STAGES]
+    worlds = _worlds(PICTURES, steps_factor, seed=0)
+    learn_to_copy(policy, [cells_of(policy, world) for world in worlds], steps[0], keep[0])
+    train(policy, worlds, GROUPS, steps[1], keep[1])
+    train(policy, _worlds(MORE_PICTURES, steps_factor, seed=MAX_PEOPLE), MORE, steps[2], keep[2])
     transformer.to(torch.float16).save_pretrained(folder / FOLDER / "transformer")
     for name in COPIED:
         shutil.copytree(folder / "base" / name, folder / FOLDER / name, dirs_exist_ok=True)
     return identity_figures(folder, load_policy(folder))
+
+
+def _worlds(pictures: int, steps_factor: float, seed: int) -> list[TinyPeople]:
+    """Groups of one to six people."""
+    number = max(CELLS.batch, round(pictures * min(1.0, steps_factor)))
+    return [TinyPeople("train", number, seed=seed + people, people=people) for people in range(1, MAX_PEOPLE + 1)]
