@@ -7,11 +7,13 @@ the backward pass, and autograd keeps none of it.
 
     W[o, i] = q[o, i] * s[o],  q an integer from -127 to 127,  |W - W_before| <= s / 2
 
-Why our own: the gradient needs the weight alone, so a layer should keep nothing else for it. Of the libraries tried
-(torchao 0.18, optimum-quanto 0.2.7, bitsandbytes 0.50) the first keeps the weights that it dequantised until the
-backward pass, which without recomputation is the unquantised model again, and both it and the second hide how many
-bytes they hold from whoever counts tensors, as the memory plan does; the second refuses autocast; the third rounds the
-activations to 8 bits as well. None moves weights in a way that survives a backward pass.
+Why our own: the gradient needs the weight alone, so a layer should keep nothing else for it. Of the libraries tried,
+torchao 0.18 keeps what it dequantised until the backward pass, which without recomputation is the unquantised model
+again; optimum-quanto 0.2.7 keeps each layer's input, refuses autocast with a float32 base, and is on its way out of
+diffusers; bitsandbytes 0.50 rounds activations to 8 bits as well on CUDA and not on the CPU, so that its tests here
+would say nothing. The first two also report the bytes of the weights before quantisation to whoever counts tensors, as
+the memory plan does. diffusers' and accelerate's offloading take weights away after a block's forward pass, and with
+them what its backward pass needs.
 
 Shape suffixes: O output channels, I input channels; `...` any.
 """

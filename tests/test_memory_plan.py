@@ -105,7 +105,7 @@ def test_nothing_of_a_dry_run_stays() -> None:
     assert torch.ones(2).numpy().sum() == 2
 
 
-@pytest.mark.parametrize("case", ["SRL", "with checkpointed blocks"])
+@pytest.mark.parametrize("case", ["SRL", "with checkpointed blocks", "offloaded 8-bit base, checkpointed blocks"])
 def test_prediction_agrees_with_measurement(case: str) -> None:
     row = benchmark.compare(benchmark.CASES[case])
     assert row["ratio"] == pytest.approx(1, abs=benchmark.TOLERANCE)
