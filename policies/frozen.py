@@ -54,8 +54,12 @@ class FrozenLinear(nn.Module):
         linear: the layer that this one replaces; its weight is taken as it is, unless `eight_bit`.
         eight_bit: hold the weight as int8, see `quantise`.
         offload: hold the weight in CPU memory wherever the module is moved, and copy it over at each use. On a CUDA
-            device that memory is pinned, and the copies are queued beside the arithmetic without waiting for it.
+            device that memory is pinned, and the copies are queued between the arithmetic without waiting for it.
     """
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, *, eight_bit: bool, offload: bool) -> None:
         super().__init__()
