@@ -76,11 +76,12 @@ class FrozenLinear(nn.Module):
         """[..., I] -> [..., O], in autocast's precision where that is on, else in the input's."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        y: Tensor = _Linear.apply(x.to(dtype), self.weight, self.scale, self.bias, self.offload)
+        held = (self.weight, self.scale, self.bias, self.offload)
+        y: Tensor = _Linear.apply(x.to(dtype), *held)  # type: ignore[no-untyped-call]
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.offload and fn(torch.empty(0)).is_cuda and not self.weight.is_pinned():
             self.weight = self.weight.pin_memory()
         return self
