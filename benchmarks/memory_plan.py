@@ -38,6 +38,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "with checkpointed blocks": ("train.gradient_checkpointing=true",),
     "draft, last 2 steps": ("rollout.window={kind: draft, k: 2}",),
     "bf16 base": ("train.precision=bf16", "policy.args.base_dtype=bf16"),
+    "8-bit base": ("train.precision=bf16", "policy.args.base_dtype=int8"),
+    "offloaded bf16 base": ("train.precision=bf16", "policy.args.base_dtype=bf16", "policy.args.offload=true"),
+    "offloaded 8-bit base, checkpointed blocks": (
+        *("train.precision=bf16", "policy.args.base_dtype=int8", "policy.args.offload=true"),
+        "train.gradient_checkpointing=true",
+    ),
 }
 TOLERANCE = 0.1
 

@@ -21,6 +21,7 @@ from rewardgen.policies.conditions import Group, UsoCondition, group_by_layout
 from rewardgen.policies.dit import grouped_velocity
 from rewardgen.policies.encoders import FluxEncoder, vae_latents, vae_pixels
 from rewardgen.policies.encodings import EncodingStore
+from rewardgen.policies.frozen import hold_blocks
 from rewardgen.policies.packing import PATCH, Grid, PositionEncoding, image_ids, pack, unpack
 from rewardgen.policies.parts import FluxParts, check_sizes
 from rewardgen.policies.projector import StyleProjector
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 
 Schedule = Literal["official", "token_count"]
 VaeEncode = Literal["mean", "sample"]
-BaseDtype = Literal["fp32", "bf16"]
+BaseDtype = Literal["fp32", "bf16", "int8"]
 
 LAYOUTS = 32
 """Layouts of tokens whose positions are remembered: a few megabytes each at full size."""
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+"""Of what is not trained; of int8 all but the weights of the DiT's blocks."""
 
 
 class FluxPolicy(Policy):
@@ -65,6 +67,8 @@ class FluxPolicy(Policy):
 
     takes_styles: ClassVar[bool] = True
     """Whether examples may have style references."""
+    offloaded_bytes = 0
+    """Bytes of base weights that stay in CPU memory."""
 
     def __init__(
         self,
@@ -119,6 +123,12 @@ class FluxPolicy(Policy):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
         self.encoder.cache.clear()
 
+    def hold_base(self, base_dtype: BaseDtype, *, offload: bool) -> None:
+        """Hold what is not trained as these arguments of `from_pretrained` say. A LoRA must be there by now."""
+        self.cast_frozen(DTYPES[base_dtype])
+        if base_dtype == "int8" or offload:
+            self.offloaded_bytes = hold_blocks(self._blocks(), eight_bit=base_dtype == "int8", offload=offload)
+
     def train(self, mode: bool = True) -> Self:
         """Frozen parts stay in evaluation mode."""
         super().train(False)
@@ -139,8 +149,11 @@ class FluxPolicy(Policy):
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the DiT's blocks one by one: all double and all single ones share one compiled program each."""
-        for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks):
+        for block in self._blocks():
             block.compile(**options)
+
+    def _blocks(self) -> tuple[nn.Module, ...]:
+        return (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks)
 
     @property
     def device(self) -> torch.device:

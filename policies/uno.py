@@ -19,6 +19,7 @@ from rewardgen.policies.conditions import Reference, UsoCondition
 from rewardgen.policies.encoders import late_encoders
 from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.flux import DTYPES, BaseDtype, FluxPolicy, Schedule, VaeEncode, check_choice
+from rewardgen.policies.frozen import check_frozen
 from rewardgen.policies.packing import PositionEncoding
 from rewardgen.policies.parts import FluxParts, Sources, load_parts
 from rewardgen.policies.trained import save_trained
@@ -101,6 +102,7 @@ class UnoPolicy(FluxPolicy):
         lora: str | None = None,
         lora_rank: int | None = None,
         base_dtype: BaseDtype = "fp32",
+        offload: bool = False,
         encodings: str | None = None,
         train: tuple[UnoPart, ...] = ("lora",),
         schedule: Schedule = "official",
@@ -120,14 +122,17 @@ class UnoPolicy(FluxPolicy):
             transformer, vae: in place of the base's; also the single files of Black Forest Labs' own release.
             text_encoder, text_encoder_2: in place of the base's, each a folder or hub id with its tokenizer.
             lora: official LoRA file of UNO or UMO, or `owner/repository:path` on the hub; its rank is taken over.
-            base_dtype: precision of what is not trained. What is trained is float32.
+            base_dtype: precision of what is not trained. What is trained is float32. "int8" holds the weights of the
+                DiT's blocks in 8 bits (see `frozen.quantise`) and the rest in bfloat16; arithmetic is not in 8 bits.
+            offload: keep the weights of the DiT's blocks in CPU memory and copy each to the device when it is used.
             encodings: folder that keeps what was encoded. Text encoders are then loaded only when something is missing
                 there; `rewardgen encode` fills it ahead.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another layout.
-            ConfigError: the parts do not fit together.
+            ConfigError: the parts do not fit together, or base weights are to be trained that cannot be.
         """
+        check_frozen(train, eight_bit=base_dtype == "int8", offload=offload)
         # Found before the base is read: a misspelt path must not cost minutes of loading.
         lora_file = None if lora is None else official.resolve_file(lora)
         dtype = DTYPES[base_dtype]
@@ -151,7 +156,7 @@ class UnoPolicy(FluxPolicy):
             pe=pe,
             **late_encoders(encodings, sources, dtype, vae_encode=vae_encode, max_text_tokens=max_text_tokens),
         )
-        policy.cast_frozen(dtype)
+        policy.hold_base(base_dtype, offload=offload)
         return policy
 
     @classmethod
@@ -165,10 +170,11 @@ class UnoPolicy(FluxPolicy):
             CheckpointError: the sizes of a part are not known.
             ConfigError: the parts do not fit together.
         """
-        dtype = DTYPES[options.pop("base_dtype", "fp32")]
-        parts, _ = shapes.take_shapes(base, options, dtype=dtype, rank=DEFAULT_RANK)
+        base_dtype, offload = options.pop("base_dtype", "fp32"), options.pop("offload", False)
+        check_frozen(options.get("train", ()), eight_bit=base_dtype == "int8", offload=offload)
+        parts, _ = shapes.take_shapes(base, options, dtype=DTYPES[base_dtype], rank=DEFAULT_RANK)
         policy = cls(parts, **options)
-        policy.cast_frozen(dtype)
+        policy.hold_base(base_dtype, offload=offload)
         return policy
 
     def encode(self, examples: Sequence[Example]) -> UsoCondition:

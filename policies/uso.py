@@ -19,6 +19,7 @@ from rewardgen.policies.conditions import UsoCondition
 from rewardgen.policies.encoders import late_encoders
 from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.flux import DTYPES, BaseDtype, FluxPolicy, Schedule, VaeEncode, check_choice
+from rewardgen.policies.frozen import check_frozen
 from rewardgen.policies.packing import PositionEncoding
 from rewardgen.policies.parts import FluxParts, Sources, load_parts
 from rewardgen.policies.projector import StyleProjector
@@ -106,6 +107,7 @@ class UsoPolicy(FluxPolicy):
         lora_rank: int | None = None,
         style_tokens_per_level: int = DEFAULT_STYLE_TOKENS,
         base_dtype: BaseDtype = "fp32",
+        offload: bool = False,
         encodings: str | None = None,
         train: tuple[Part, ...] = ("lora",),
         schedule: Schedule = "official",
@@ -127,14 +129,17 @@ class UsoPolicy(FluxPolicy):
             lora: official LoRA file, or `owner/repository:path` on the hub; its rank is taken over.
             projector: official projector file, likewise. Without one, a fresh projector is made if `train` names it.
             style_tokens_per_level: size of such a fresh projector.
-            base_dtype: precision of what is not trained. What is trained is float32.
+            base_dtype: precision of what is not trained. What is trained is float32. "int8" holds the weights of the
+                DiT's blocks in 8 bits (see `frozen.quantise`) and the rest in bfloat16; arithmetic is not in 8 bits.
+            offload: keep the weights of the DiT's blocks in CPU memory and copy each to the device when it is used.
             encodings: folder that keeps what was encoded. Text encoders and SigLIP are then loaded only when something
                 is missing there; `rewardgen encode` fills it ahead.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another layout.
-            ConfigError: the parts do not fit together.
+            ConfigError: the parts do not fit together, or base weights are to be trained that cannot be.
         """
+        check_frozen(train, eight_bit=base_dtype == "int8", offload=offload)
         # Found before the base is read: a misspelt path must not cost minutes of loading.
         projector_file, lora_file = (
             None if source is None else official.resolve_file(source) for source in (projector, lora)
@@ -174,7 +179,7 @@ class UsoPolicy(FluxPolicy):
             pe=pe,
             **late_encoders(encodings, sources, dtype, vae_encode=vae_encode, max_text_tokens=max_text_tokens),
         )
-        policy.cast_frozen(dtype)
+        policy.hold_base(base_dtype, offload=offload)
         return policy
 
     @classmethod
@@ -188,9 +193,10 @@ class UsoPolicy(FluxPolicy):
             CheckpointError: the sizes of a part are not known.
             ConfigError: the parts do not fit together.
         """
-        dtype = DTYPES[options.pop("base_dtype", "fp32")]
-        policy = cls(*shapes.take_shapes(base, options, dtype=dtype), **options)
-        policy.cast_frozen(dtype)
+        base_dtype, offload = options.pop("base_dtype", "fp32"), options.pop("offload", False)
+        check_frozen(options.get("train", ()), eight_bit=base_dtype == "int8", offload=offload)
+        policy = cls(*shapes.take_shapes(base, options, dtype=DTYPES[base_dtype]), **options)
+        policy.hold_base(base_dtype, offload=offload)
         return policy
 
     def encode(self, examples: Sequence[Example]) -> UsoCondition:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rewardgen import memory_plan, sources
+from rewardgen import fitting, sources
 from rewardgen.checkpoint import has_checkpoints, latest_checkpoint, load_checkpoint
 from rewardgen.config import Experiment, plugins_in
 from rewardgen.construct import make as make
@@ -248,7 +248,7 @@ def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: flo
     """Print the resolved experiment, what it reads and whether that is here, and what would be trained.
 
     Nothing is fetched. Weights are read only where all of the policy's are here. `plan` adds what a step needs
-    (`memory_plan.describe`); None does where weights are not here. Raises UserError: an asset or weights do not fit.
+    (`fitting.describe`); None does where weights are not here. Raises UserError: an asset or weights do not fit.
     """
     console = _console()
     console.print(as_yaml(experiment), markup=False, highlight=False, end="\n\n")
@@ -272,7 +272,7 @@ def check(experiment: Experiment, *, plan: bool | None = None, device_bytes: flo
         policy.latent_shape(experiment.rollout.image_size)
         console.print(f"trained: {_count(policy)} parameters in {len(policy.trainable())} tensors")
     if plan or (plan is None and absent):
-        lines = memory_plan.describe(experiment, device_bytes, required=bool(plan))
+        lines = fitting.describe(experiment, device_bytes, required=bool(plan))
         console.print("\n".join(lines), highlight=False, markup=False)
 
 

@@ -34,6 +34,8 @@ RESERVE = 0.1
 """Share of a device's memory that a plan leaves to allocators, libraries and the device's context."""
 RATE = 400e12
 """Operations a second that a plan's times are told for where none is given: an assumption, not a measurement."""
+BANDWIDTH = 25e9
+"""Bytes a second from CPU memory to the device, of PCIe 4 with 16 lanes: likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,7 @@ class Plan:
         encoding_peak: the same while prompts and references are encoded.
         operations: multiplications and additions of a whole optimizer step, with recomputed activations.
         encoding_operations: of encoding one batch, which is done once for each prompt and picture.
+        offloaded: bytes of weights in CPU memory, on top of all that; each pass of the model copies them over.
         assumed: what the plan took for granted, in words.
     """
 
@@ -57,6 +60,7 @@ class Plan:
     operations: float
     encoding_operations: float
     assumed: tuple[str, ...]
+    offloaded: int = 0
 
     @property
     def needed(self) -> int:
@@ -113,6 +117,12 @@ def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]
     lines += [f"  {'a train step needs':<{width}}  {_gigabytes(found.peak)}"]
     if found.encoding_peak > found.peak:
         lines += [f"  {'encoding prompts and pictures needs':<{width}}  {_gigabytes(found.encoding_peak)}"]
+    if found.offloaded:
+        lines += [
+            f"  {'weights in CPU memory, besides':<{width}}  {_gigabytes(found.offloaded)}",
+            f"  each pass through them copies them over: {_duration(found.offloaded / BANDWIDTH)} at an assumed"
+            f" {BANDWIDTH / 1e9:.0f} GB/s",
+        ]
     fits = "fits into" if found.fits(device_bytes) else "WILL NOT FIT into"
     lines += [
         f"  it {fits} {device_bytes / 1e9:.0f} GB, {100 * RESERVE:.0f} % of it left to allocator and libraries",
@@ -121,25 +131,6 @@ def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]
         f"  predicted from shapes, not measured; assumed: {', '.join(found.assumed)}",
     ]
     return lines
-
-
-def describe(experiment: Experiment, device_bytes: float | None, *, required: bool) -> list[str]:
-    """The plan of an experiment as lines of text, or why there is none.
-
-    Args:
-        device_bytes: None takes the device's memory, or 80 GB where there is none.
-        required: raise the reason instead. Raises UserError then.
-    """
-    try:
-        found = plan(experiment)
-    except UserError as error:
-        if required:
-            raise
-        return [f"what a step needs cannot be told yet: {error}"]
-    if device_bytes is None:
-        there = torch.cuda.is_available() and experiment.train.device != "cpu"
-        device_bytes = torch.cuda.get_device_properties(0).total_memory if there else 80e9
-    return ["what a step needs on each device:", *render(found, device_bytes=device_bytes)]
 
 
 def _gigabytes(size: float) -> str:
@@ -191,6 +182,7 @@ def _walk(experiment: Experiment, learner: Learner, assumed: Iterable[str]) -> P
         operations=operations,
         encoding_operations=encoding,
         assumed=tuple(assumed),
+        offloaded=int(getattr(policy, "offloaded_bytes", 0)),
     )
 
 

@@ -62,6 +62,7 @@ RANKS = {
     "rewardgen.trainer": 4,
     "rewardgen.config": 5,
     "rewardgen.memory_plan": 5,
+    "rewardgen.fitting": 5,
     "rewardgen.run_folder": 6,
     "rewardgen.workers": 6,
     "rewardgen.learners": 6,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +29,8 @@ from rewardgen.memory_plan import Plan, plan, render
 from rewardgen.policies import shapes
 from rewardgen.types import Example, Score
 from tests.test_cli import TOY
-from tests.toys import ToyPolicy, ToyReward
+from tests.test_uso_policy import make_parts, make_tokenizer
+from tests.toys import ToyDataset, ToyPolicy, ToyReward
 
 EXPERIMENT = Path(__file__).resolve().parent.parent / "experiments" / "uso_srl.yaml"
 KB = 4 * 256
@@ -110,6 +113,62 @@ def test_prediction_agrees_with_measurement(case: str) -> None:
     row = benchmark.compare(benchmark.CASES[case])
     assert row["ratio"] == pytest.approx(1, abs=benchmark.TOLERANCE)
     assert case in benchmark.render({case: row})
+
+
+class Unstyled(ToyDataset):
+    """For UNO, which takes no styles."""
+
+    def __getitem__(self, index: int) -> Example:
+        return dataclasses.replace(super().__getitem__(index), style_refs=())
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of three blocks, in which the blocks' weights are most of what a step needs."""
+    torch.manual_seed(0)
+    folder, parts = tmp_path_factory.mktemp("wide"), make_parts()
+    sizes = {"attention_head_dim": 32, "num_attention_heads": 4, "axes_dims_rope": (8, 12, 12)}
+    FluxTransformer2DModel.from_config({**parts.transformer.config, **sizes}).save_pretrained(folder / "transformer")
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        getattr(parts, name).save_pretrained(folder / name)
+    for name in ("tokenizer", "tokenizer_2"):
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def experiment_on(base: Path, **args: object) -> Experiment:
+    document = strict_yaml.load(TOY, "toy.yaml")[0] | {"evaluation": {"num_examples": 1, "grid_examples": 0}}
+    sizes = {"base": str(base), "lora_rank": 2, "content_long_side": 16, "max_text_tokens": 5}
+    document["policy"] = {"use": "uno", "args": {**sizes, **args}}
+    document["data"] = {part: {"use": "tests.test_memory_plan:Unstyled"} for part in ("train", "held_out")}
+    document["rollout"]["window"]["entry_range"] = [2, 2]
+    document["objective"]["rewards"] = {"light": {"use": "brightness", "weight": 1.0}}
+    document["train"] |= {"gradient_checkpointing": bool(args.get("offload"))}
+    return Experiment.model_validate(document)
+
+
+def test_prediction_agrees_with_measurement_for_every_form_of_the_base(wide: Path) -> None:
+    forms: dict[str, dict[str, object]] = {
+        "bf16": {"base_dtype": "bf16"},
+        "int8": {"base_dtype": "int8"},
+        "offload": {"base_dtype": "bf16", "offload": True},
+        "both": {"base_dtype": "int8", "offload": True},
+    }
+    experiments = {name: experiment_on(wide, **args) for name, args in forms.items()}
+    found = {name: plan(experiment) for name, experiment in experiments.items()}
+    measured = {name: benchmark.measured(experiment) for name, experiment in experiments.items()}
+    for name, one in found.items():
+        assert one.peak / measured[name] == pytest.approx(1, abs=benchmark.TOLERANCE), name
+    frozen = {name: one.resident["transformer, frozen"] for name, one in found.items()}
+    weights = found["both"].offloaded
+    assert [found[name].offloaded for name in forms] == [0, 0, 2 * weights, weights]
+    assert weights > frozen["int8"] / 2
+    # The weights themselves are the whole difference, but for the scales: 4 bytes for each output channel.
+    assert frozen["bf16"] - frozen["offload"] == 2 * weights
+    assert frozen["int8"] - frozen["both"] == weights
+    assert 0 < frozen["int8"] - (frozen["bf16"] - weights) < weights / 16
+    assert measured["int8"] < measured["bf16"] - 0.5 * weights
+    assert measured["both"] < measured["int8"] - 0.5 * weights
 
 
 def test_plan_of_parts_that_are_not_here() -> None:
