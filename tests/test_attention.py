@@ -102,7 +102,7 @@ def torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def test_a_back_end_without_gradient_or_with_another_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, lambda query, key, value: torchs(query, key, value).detach())
-    with pytest.raises(ConfigError, match="'flex' on cpu in float32 does not run: .*does not require grad"):
+    with pytest.raises(ConfigError, match=r"'flex' on cpu in float32 does not run: .*does not require grad"):
         check_backend("flex")
     stand_in(monkeypatch, lambda query, key, value: torchs(query.detach() + 0 * query, key, value))
     with pytest.raises(ConfigError, match="its gradient of the queries is 100 % away from torch's"):

@@ -80,7 +80,7 @@ class Waits(TorchDispatchMode):
             by = [index for index in args[1] if index is not None]
             if any(index.dtype == torch.bool or index.device.type == "cpu" for index in by):
                 self._note()
-                all_of_it = [index and torch.arange(len(index), device=META) for index in args[1]]
+                all_of_it = [i if i is None else torch.arange(len(i), device=META) for i in args[1]]
                 args = (args[0], all_of_it, *args[2:])
         if packet in BY_VALUE and there:
             self._note()
