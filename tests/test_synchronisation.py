@@ -22,6 +22,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewardgen.fleet.inline import InlinePool
@@ -52,42 +53,50 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: Counter[str] = Counter()
+        self._made = Made(self)
+
+    def __enter__(self) -> Waits:
+        super().__enter__()
+        self._made.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._made.__exit__(*error)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = kwargs or {}, func.overloadpacket
         first = next((arg for arg in args if isinstance(arg, Tensor)), None)
         there = first is not None and first.device.type == "meta"
         if func is ATEN._local_scalar_dense.default and there:
-            self._note()
+            self.note()
             return True if args[0].dtype == torch.bool else 1.0
         if func is ATEN.equal.default and there:
-            self._note()
+            self.note()
             return True
         if func is ATEN._to_copy.default and "device" in kwargs:
             target = kwargs["device"].type
             if there and target == "cpu":
-                self._note()
+                self.note()
                 return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
             if not there and target == "meta" and not kwargs.get("non_blocking"):
-                self._note()
+                self.note()
         if func is ATEN.copy_.default and there != (args[1].device.type == "meta"):
-            self._note()
+            self.note()
             if not there:
                 return args[0].fill_(1)
-        if func is ATEN.lift_fresh.default and there:
-            self._note()
         if packet in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_) and there:
             by = [index for index in args[1] if index is not None]
             if any(index.dtype == torch.bool or index.device.type == "cpu" for index in by):
-                self._note()
+                self.note()
                 all_of_it = [i if i is None else torch.arange(len(i), device=META) for i in args[1]]
                 args = (args[0], all_of_it, *args[2:])
         if packet in BY_VALUE and there:
-            self._note()
+            self.note()
             raise AssertionError(f"{func} has no answer here")
         return func(*args, **kwargs)
 
-    def _note(self) -> None:
+    def note(self) -> None:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
@@ -96,6 +105,21 @@ class Waits(TorchDispatchMode):
                 return
             frame = frame.f_back
         raise AssertionError("nobody asked for it")
+
+
+class Made(TorchFunctionMode):
+    """Sees tensors made of numbers on the device, which no dispatch mode sees."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        if made and result.device.type == "meta" and not isinstance(args[-1], Tensor):
+            self.waits.note()
+        return result
 
 
 @contextlib.contextmanager
@@ -235,7 +259,7 @@ def test_the_counter_counts() -> None:
         lambda: torch.equal(values, values),
     ]
     for place, kind in enumerate(kinds):
-        with Waits() as waits, mock.patch.object(waits, "_note", side_effect=lambda w=waits: w.seen.update(["x"])):
+        with Waits() as waits, mock.patch.object(waits, "note", side_effect=lambda w=waits: w.seen.update(["x"])):
             kind()
         assert waits.seen["x"] == 1, place
     with Waits() as waits:
