@@ -58,7 +58,9 @@ class Clock:
     def _event(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":
             return None
-        return torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True))
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)
+        torch.cuda.current_stream(self.device).record_event(event)
+        return event
 
     def peak_memory_bytes(self) -> int:
         """On CUDA the most memory allocated since this clock was made; elsewhere the process's peak so far."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from PIL import Image
 
 from rewardgen import batches
 from rewardgen.data.buckets import BucketedDataset
+from rewardgen.data.huggingface import HuggingFaceDataset
 from rewardgen.data.images import ImageError
 from rewardgen.data.jsonl import JsonlDataset
 from rewardgen.data.read_ahead import Reading
@@ -207,9 +209,6 @@ def on_disk(folder: Path) -> list[Any]:
     rows = [{"id": str(number), "prompt": "x", "content": "a.png", "target": "a.png"} for number in range(3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write(folder / "0.tar", {f"{number}.target.png": path.read_bytes() for number in range(3)})
-    datasets = pytest.importorskip("datasets")
-    from rewardgen.data.huggingface import HuggingFaceDataset
-
     hub = HuggingFaceDataset.from_dataset(datasets.Dataset.from_list([{"target": str(path)}] * 3))
     jsonl = JsonlDataset(str(folder / "rows.jsonl"))
     return [jsonl, ShardDataset(str(folder / "*.tar")), hub, BucketedDataset(jsonl, [(16, 16), (16, 24)])]
