@@ -183,8 +183,8 @@ class FluxPolicy(Policy):
         if self.decoder_channels_last:
             latents_BCHW = latents_BCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, enabled=False):
-            # Rewards get pictures laid out in the usual way, whatever the decoder's.
-            return ((vae_pixels(self.vae, latents_BCHW) + 1) / 2).contiguous()
+            pixels_B3HW = (vae_pixels(self.vae, latents_BCHW) + 1) / 2
+        return pixels_B3HW.contiguous() if self.decoder_channels_last else pixels_B3HW
 
     def read_encodings(self, examples: Sequence[Example]) -> None:
         """See `Policy.read_encodings`."""
