@@ -47,7 +47,7 @@ def reward_leg(
         # The only answer that a reward's leg waits for: without a valid score there is no backward pass at all.
         scores[name] = seen = score_on_host(result)
         sums.add_score(name, seen)
-        if bool(seen.valid_B.any()):
+        if int(seen.valid_B.sum()):  # a number, which a plan without values can make up
             # Of the sum over the valid ones, whose number the device need not know.
             valid_B = result.valid_B
             (grad_B3HW,) = torch.autograd.grad(result.value_B, seen_B3HW, grad_outputs=valid_B.to(result.value_B))
