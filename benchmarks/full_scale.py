@@ -108,14 +108,15 @@ def product_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(5):
-        begin = _now(device)
+        begin = now(device)
         for _ in range(10):
             a @ b
-        best = max(best, 10 * 2 * side**3 / (_now(device) - begin))
+        best = max(best, 10 * 2 * side**3 / (now(device) - begin))
     return best
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on the clock once the device has done everything."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -161,11 +162,11 @@ def measure(trainer: Trainer, steps: int, deadline: float) -> tuple[list[StepRep
     trainer.step(0)
     reports, seconds = [], []
     for step in range(1, steps + 1):
-        begin = _now(device)
+        begin = now(device)
         if reports and begin + seconds[-1] > deadline:
             break
         reports.append(trainer.step(step))
-        seconds.append(_now(device) - begin)
+        seconds.append(now(device) - begin)
     return reports, seconds
 
 

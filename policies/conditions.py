@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rewardgen.policies.packing import Grid
+from rewardgen.transfer import to_device
 from rewardgen.types import Condition
 
 
@@ -85,10 +86,10 @@ def group_by_layout(
         groups.append(
             Group(
                 members=tuple(indices),
-                text_BTD=torch.stack([condition.text_B[index] for index in indices]).to(device),
-                pooled_BQ=torch.stack([condition.pooled_B[index] for index in indices]).to(device),
+                text_BTD=to_device(torch.stack([condition.text_B[index] for index in indices]), device),
+                pooled_BQ=to_device(torch.stack([condition.pooled_B[index] for index in indices]), device),
                 style_BSH=torch.stack([styles_B[index] for index in indices]),
-                references_BRP=torch.stack(references).to(device),
+                references_BRP=to_device(torch.stack(references), device),
                 grids=tuple(reference.grid for reference in condition.references_B[indices[0]]),
             )
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rewardgen.policies.conditions import Group
+from rewardgen.transfer import to_device
 from rewardgen.types import VelocityFn
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def grouped_velocity(
         groups: together they hold every example once.
         rotary: of each group, as for `dit_velocity`.
     """
-    members = [torch.tensor(group.members, device=guidance_B.device) for group in groups]
+    members = [to_device(torch.tensor(group.members), guidance_B.device) for group in groups]
     order = torch.cat(members).argsort()
 
     def velocity(latents_BLP: Tensor, t_B: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Shape suffixes: B batch, H and W pixels, T text tokens, D text width, Q pooled w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from rewardgen.policies.encodings import EncodingCache, EncodingStore, content_h
 from rewardgen.policies.packing import PATCH, pack, preprocess_reference, to_pil, to_signed
 from rewardgen.policies.parts import FluxParts, Sources, encoding_fingerprints, load_siglip, load_text, siglip_pixels
 from rewardgen.policies.projector import select_levels
+from rewardgen.types import Example
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -131,14 +132,15 @@ class FluxEncoder:
 
         `long_side` in pixels takes the place of `content_long_side`.
         """
-        key, side = content_hash(image_3HW), long_side or self.content_long_side
+        side = long_side or self.content_long_side
+        digest = content_hash(image_3HW)
 
         def encode() -> tuple[Tensor, ...]:
             image = preprocess_reference(to_pil(image_3HW), side, multiple)
-            noise = torch.Generator().manual_seed(int(key[:15], 16)) if self.sample_posterior else None
+            noise = torch.Generator().manual_seed(int(digest[:15], 16)) if self.sample_posterior else None
             return (self._tokens(to_signed(image), noise),)
 
-        (tokens_RCP,) = self.cache.get("content", f"{key} {side}", encode)
+        (tokens_RCP,) = self.cache.get("content", f"{digest} {side}", encode)
         return Reference(tokens_NP=tokens_RCP.flatten(0, 1), grid=(tokens_RCP.shape[0], tokens_RCP.shape[1]))
 
     def target(self, image_3HW: Tensor) -> Tensor:
@@ -166,6 +168,25 @@ class FluxEncoder:
             return (style_levels(siglip, to_pil(image_3HW), size),)
 
         return self.cache.get("style", content_hash(image_3HW), encode)[0]
+
+    def read_ahead(self, example: Example, references: Sequence[Tensor], long_side: int | None) -> None:
+        """Bring what the store has of an example into memory. Nothing is computed, so any thread may call it.
+
+        Args:
+            example: as the dataset gave it.
+            references: the pictures of it that become content references.
+            long_side: theirs, as for `reference`.
+        """
+        if self.cache.store is None:
+            return
+        side = long_side or self.content_long_side
+        self.cache.read_ahead("text", example.prompt)
+        for image in references:
+            self.cache.read_ahead("content", f"{content_hash(image)} {side}")
+        for image in example.style_refs:
+            self.cache.read_ahead("style", content_hash(image))
+        if example.target is not None and not self.sample_posterior:
+            self.cache.read_ahead("target", content_hash(example.target))
 
     def _take(self, what: str, **parts: Any) -> None:
         """Load encoders late, frozen, beside the transformer."""

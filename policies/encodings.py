@@ -8,6 +8,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 
 import torch
 from safetensors import SafetensorError
@@ -113,6 +114,8 @@ class EncodingStore:
 class EncodingCache:
     """Tensors by kind and key, at rest on the CPU. The least recently used go once all exceed `max_bytes`.
 
+    One thread may read ahead while another asks.
+
     Args:
         store: where encodings outlive this cache; None where they do not.
     """
@@ -121,29 +124,57 @@ class EncodingCache:
         self.max_bytes, self.store = max_bytes, store
         self._entries: OrderedDict[tuple[str, str], tuple[Tensor, ...]] = OrderedDict()
         self._bytes = 0
+        self._unasked: dict[tuple[str, str], int] = {}  # bytes of what was read ahead, until somebody asks for it
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(self, kind: str, key: str, encode: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The entry of (kind, key), made by `encode` where it is neither remembered nor stored."""
-        if (kind, key) in self._entries:
-            self._entries.move_to_end((kind, key))
-            return self._entries[kind, key]
+        with self._lock:
+            self._unasked.pop((kind, key), None)
+            if (kind, key) in self._entries:
+                self._entries.move_to_end((kind, key))
+                return self._entries[kind, key]
         entry = self.store.read(kind, key) if self.store else None
         if entry is None:
             entry = tuple(tensor.detach().to("cpu") for tensor in encode())
             if self.store:
                 self.store.write(kind, key, entry)
-        self._entries[kind, key] = entry
-        self._bytes += _size(entry)
-        while self._bytes > self.max_bytes:
-            self._bytes -= _size(self._entries.popitem(last=False)[1])
+        with self._lock:
+            self._remember((kind, key), entry)
         return entry
 
+    def read_ahead(self, kind: str, key: str) -> None:
+        """Remember the entry of (kind, key) if it is stored, for a `get` to come.
+
+        What waits for one takes a quarter of the memory at most: it must not push out what the present step needs.
+        """
+        with self._lock:
+            if (kind, key) in self._entries or 4 * sum(self._unasked.values()) > self.max_bytes:
+                return
+        entry = self.store.read(kind, key) if self.store else None
+        with self._lock:
+            if entry is not None and (kind, key) not in self._entries:
+                self._unasked[kind, key] = _size(entry)
+                self._remember((kind, key), entry)
+
+    def _remember(self, place: tuple[str, str], entry: tuple[Tensor, ...]) -> None:
+        if place in self._entries:  # the other thread was quicker
+            return
+        self._entries[place] = entry
+        self._bytes += _size(entry)
+        while self._bytes > self.max_bytes:
+            oldest, gone = self._entries.popitem(last=False)
+            self._unasked.pop(oldest, None)
+            self._bytes -= _size(gone)
+
     def clear(self) -> None:
-        self._entries.clear()
-        self._bytes = 0
+        with self._lock:
+            self._entries.clear()
+            self._unasked.clear()
+            self._bytes = 0
 
 
 def _size(entry: tuple[Tensor, ...]) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rewardgen.errors import ConfigError, nearest
 from rewardgen.flow import schedule as times
 from rewardgen.policies import official
+from rewardgen.policies.attention import BackEnd, check_backend
 from rewardgen.policies.conditions import Group, UsoCondition, group_by_layout
 from rewardgen.policies.dit import grouped_velocity
 from rewardgen.policies.encoders import FluxEncoder, vae_latents, vae_pixels
@@ -27,7 +28,8 @@ from rewardgen.policies.parts import FluxParts, check_sizes
 from rewardgen.policies.projector import StyleProjector
 from rewardgen.policies.trained import Part, require_gradients
 from rewardgen.policy import Mode, Policy
-from rewardgen.types import Condition, VelocityFn
+from rewardgen.transfer import to_device
+from rewardgen.types import Condition, Example, VelocityFn
 
 if TYPE_CHECKING:
     from transformers import SiglipVisionModel
@@ -62,6 +64,8 @@ class FluxPolicy(Policy):
         content_long_side: pixels of the long side to which references are resized.
         max_text_tokens: length to which T5 prompts are padded and cut.
         pe: along which axes reference ids are offset; "d" is both, as released.
+        attention: back end of diffusers for the DiT's attention (`flash`, `_native_cudnn` ...); None is its own choice.
+        decoder_channels_last: keep the tensors of the VAE decoder channels last; the encoder is left as it is.
         store, load_text, load_siglip: see `FluxEncoder`. With a store, targets are encoded one by one and kept too.
     """
 
@@ -69,6 +73,8 @@ class FluxPolicy(Policy):
     """Whether examples may have style references."""
     offloaded_bytes = 0
     """Bytes of base weights that stay in CPU memory."""
+    several_long_side: int | None = None
+    """Long side in pixels of each reference where an example has several, None for the usual one."""
 
     def __init__(
         self,
@@ -87,11 +93,14 @@ class FluxPolicy(Policy):
         store: EncodingStore | None,
         load_text: Callable[[], Mapping[str, Any]] | None,
         load_siglip: Callable[[], SiglipVisionModel] | None = None,
+        attention: str | None = None,
+        decoder_channels_last: bool = False,
     ) -> None:
         super().__init__()
         check_choice("schedule", [schedule], Schedule)
         check_choice("vae_encode", [vae_encode], VaeEncode)
         check_choice("pe", [pe], PositionEncoding)
+        check_backend(attention)
         self.transformer, self.vae, self.siglip = parts.transformer, parts.vae, parts.siglip
         self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
         self.projector = projector
@@ -112,6 +121,10 @@ class FluxPolicy(Policy):
         if lora_rank is not None and not official.has_lora(self.transformer):
             official.add_lora(self.transformer, lora_rank)
         require_gradients(self, self.transformer, projector, self.trained_parts)
+        self.attention = BackEnd(attention, self.transformer)
+        self.decoder_channels_last = decoder_channels_last
+        if decoder_channels_last:
+            self.vae.decoder.to(memory_format=torch.channels_last)
         self._rotary: OrderedDict[object, tuple[Tensor, Tensor]] = OrderedDict()
         self.train(False)
 
@@ -171,15 +184,30 @@ class FluxPolicy(Policy):
         self._grid((pixels_B3HW.shape[2], pixels_B3HW.shape[3]))
         if self.encoder.cache.store is not None and self.vae_encode == "mean":
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                return torch.stack([self.encoder.target(pixels_3HW) for pixels_3HW in pixels_B3HW]).to(self.device)
+                known_BLP = torch.stack([self.encoder.target(pixels_3HW) for pixels_3HW in pixels_B3HW])
+                return to_device(known_BLP, self.device)
         noise = "global" if self.vae_encode == "sample" else None
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return pack(vae_latents(self.vae, pixels_B3HW * 2 - 1, noise))
+            return pack(vae_latents(self.vae, to_device(pixels_B3HW, self.device) * 2 - 1, noise))
 
     def decode(self, latents_BLC: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Clean latents -> pictures [B, 3, H, W], nominally in [0, 1] but not clamped, under the caller's gradients."""
+        latents_BCHW = unpack(latents_BLC, self._grid(image_size))
+        if self.decoder_channels_last:
+            latents_BCHW = latents_BCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, enabled=False):
-            return (vae_pixels(self.vae, unpack(latents_BLC, self._grid(image_size))) + 1) / 2
+            pixels_B3HW = (vae_pixels(self.vae, latents_BCHW) + 1) / 2
+        return pixels_B3HW.contiguous() if self.decoder_channels_last else pixels_B3HW
+
+    def read_encodings(self, examples: Sequence[Example]) -> None:
+        """See `Policy.read_encodings`."""
+        for example in examples:
+            images = example.content_refs + example.identity_refs
+            self.encoder.read_ahead(example, images, self._long_side(images))
+
+    def _long_side(self, images: Sequence[Tensor]) -> int | None:
+        """Long side in pixels of so many references, None for the usual one."""
+        return self.several_long_side if len(images) > 1 else None
 
     def release_encoders(self) -> None:
         """Let text encoders and SigLIP leave memory, where `encodings` lets them come back."""
@@ -240,13 +268,14 @@ class FluxPolicy(Policy):
                 f"{type(self).__name__} needs the condition that it encoded, not a {type(condition).__name__}"
             )
         device = self.device
+        self.attention.try_on(self.transformer, device)
         if guidance_B is None:
             guidance = self.train_guidance if mode == "train" else self.sample_guidance
             guidance_B = torch.full((len(condition),), guidance)
         groups = group_by_layout(condition, self._style_tokens(condition), self.transformer.config.in_channels, device)
 
         rotary = [self._positions(self._grid(image_size), group) for group in groups]
-        return grouped_velocity(self.transformer, groups, guidance_B.to(device), rotary)
+        return grouped_velocity(self.transformer, groups, to_device(guidance_B, device), rotary)
 
     def _positions(self, target: Grid, group: Group) -> tuple[Tensor, Tensor]:
         """Rotary embedding of the positions of all tokens of a group; those of the last few layouts are remembered."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardgen.errors import ConfigError
 from rewardgen.policies import official, shapes
+from rewardgen.policies.attention import check_backend
 from rewardgen.policies.conditions import Reference, UsoCondition
 from rewardgen.policies.encoders import late_encoders
 from rewardgen.policies.encodings import EncodingStore
@@ -50,6 +51,8 @@ class UnoPolicy(FluxPolicy):
         several_long_side: the same where an example has several references (320 in the releases of UNO and UMO).
         max_text_tokens: length to which T5 prompts are padded and cut.
         pe: along which axes reference ids are offset; "d" is both, as released.
+        attention: back end of diffusers for the DiT's attention (`flash`, `_native_cudnn` ...); None is its own choice.
+        decoder_channels_last: keep the tensors of the VAE decoder channels last; the encoder is left as it is.
         store, load_text: see `FluxEncoder`. With a store, targets are encoded one by one and kept too.
     """
 
@@ -71,6 +74,8 @@ class UnoPolicy(FluxPolicy):
         pe: PositionEncoding = "d",
         store: EncodingStore | None = None,
         load_text: Callable[[], Mapping[str, Any]] | None = None,
+        attention: str | None = None,
+        decoder_channels_last: bool = False,
     ) -> None:
         check_choice("train", train, UnoPart)
         super().__init__(
@@ -87,6 +92,8 @@ class UnoPolicy(FluxPolicy):
             pe=pe,
             store=store,
             load_text=load_text,
+            attention=attention,
+            decoder_channels_last=decoder_channels_last,
         )
         self.several_long_side = several_long_side
 
@@ -113,6 +120,8 @@ class UnoPolicy(FluxPolicy):
         several_long_side: int = 320,
         max_text_tokens: int = 512,
         pe: PositionEncoding = "d",
+        attention: str | None = None,
+        decoder_channels_last: bool = False,
     ) -> Self:
         """Load a policy; options not named here are those of the class.
 
@@ -134,6 +143,7 @@ class UnoPolicy(FluxPolicy):
         """
         check_frozen(train, eight_bit=base_dtype == "int8", offload=offload)
         # Found before the base is read: a misspelt path must not cost minutes of loading.
+        check_backend(attention)
         lora_file = None if lora is None else official.resolve_file(lora)
         dtype = DTYPES[base_dtype]
         sources = Sources(
@@ -154,6 +164,8 @@ class UnoPolicy(FluxPolicy):
             several_long_side=several_long_side,
             max_text_tokens=max_text_tokens,
             pe=pe,
+            attention=attention,
+            decoder_channels_last=decoder_channels_last,
             **late_encoders(encodings, sources, dtype, vae_encode=vae_encode, max_text_tokens=max_text_tokens),
         )
         policy.hold_base(base_dtype, offload=offload)
@@ -170,6 +182,7 @@ class UnoPolicy(FluxPolicy):
             CheckpointError: the sizes of a part are not known.
             ConfigError: the parts do not fit together.
         """
+        check_backend(options.pop("attention", None), here=False)  # it has no say in sizes, and may be missing here
         base_dtype, offload = options.pop("base_dtype", "fp32"), options.pop("offload", False)
         check_frozen(options.get("train", ()), eight_bit=base_dtype == "int8", offload=offload)
         parts, _ = shapes.take_shapes(base, options, dtype=DTYPES[base_dtype], rank=DEFAULT_RANK)
@@ -197,7 +210,7 @@ class UnoPolicy(FluxPolicy):
 
     def _references(self, example: Example) -> tuple[Reference, ...]:
         images = example.content_refs + example.identity_refs
-        side = self.several_long_side if len(images) > 1 else None
+        side = self._long_side(images)
         return tuple(self.encoder.reference(image, self.multiple, side) for image in images)
 
     def _style_tokens(self, condition: UsoCondition) -> list[Tensor]:

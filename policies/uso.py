@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardgen.errors import ConfigError
 from rewardgen.policies import official, shapes
+from rewardgen.policies.attention import check_backend
 from rewardgen.policies.conditions import UsoCondition
 from rewardgen.policies.encoders import late_encoders
 from rewardgen.policies.encodings import EncodingStore
@@ -25,6 +26,7 @@ from rewardgen.policies.parts import FluxParts, Sources, load_parts
 from rewardgen.policies.projector import StyleProjector
 from rewardgen.policies.shapes import DEFAULT_RANK, DEFAULT_STYLE_TOKENS
 from rewardgen.policies.trained import Part, save_trained
+from rewardgen.transfer import to_device
 from rewardgen.types import Example
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class UsoPolicy(FluxPolicy):
         content_long_side: pixels of the long side to which content references are resized.
         max_text_tokens: length to which T5 prompts are padded and cut.
         pe: along which axes reference ids are offset; "d" is both, as released.
+        attention: back end of diffusers for the DiT's attention (`flash`, `_native_cudnn` ...); None is its own choice.
+        decoder_channels_last: keep the tensors of the VAE decoder channels last; the encoder is left as it is.
         store, load_text, load_siglip: see `FluxEncoder`. With a store, targets are encoded one by one and kept too.
     """
 
@@ -71,6 +75,8 @@ class UsoPolicy(FluxPolicy):
         store: EncodingStore | None = None,
         load_text: Callable[[], Mapping[str, Any]] | None = None,
         load_siglip: Callable[[], SiglipVisionModel] | None = None,
+        attention: str | None = None,
+        decoder_channels_last: bool = False,
     ) -> None:
         check_choice("train", train, Part)
         if "projector" in train and projector is None:
@@ -90,6 +96,8 @@ class UsoPolicy(FluxPolicy):
             store=store,
             load_text=load_text,
             load_siglip=load_siglip,
+            attention=attention,
+            decoder_channels_last=decoder_channels_last,
         )
 
     @classmethod
@@ -117,6 +125,8 @@ class UsoPolicy(FluxPolicy):
         content_long_side: int = 512,
         max_text_tokens: int = 512,
         pe: PositionEncoding = "d",
+        attention: str | None = None,
+        decoder_channels_last: bool = False,
     ) -> Self:
         """Load a policy; options not named here are those of the class.
 
@@ -141,6 +151,7 @@ class UsoPolicy(FluxPolicy):
         """
         check_frozen(train, eight_bit=base_dtype == "int8", offload=offload)
         # Found before the base is read: a misspelt path must not cost minutes of loading.
+        check_backend(attention)
         projector_file, lora_file = (
             None if source is None else official.resolve_file(source) for source in (projector, lora)
         )
@@ -177,6 +188,8 @@ class UsoPolicy(FluxPolicy):
             content_long_side=content_long_side,
             max_text_tokens=max_text_tokens,
             pe=pe,
+            attention=attention,
+            decoder_channels_last=decoder_channels_last,
             **late_encoders(encodings, sources, dtype, vae_encode=vae_encode, max_text_tokens=max_text_tokens),
         )
         policy.hold_base(base_dtype, offload=offload)
@@ -193,6 +206,7 @@ class UsoPolicy(FluxPolicy):
             CheckpointError: the sizes of a part are not known.
             ConfigError: the parts do not fit together.
         """
+        check_backend(options.pop("attention", None), here=False)  # it has no say in sizes, and may be missing here
         base_dtype, offload = options.pop("base_dtype", "fp32"), options.pop("offload", False)
         check_frozen(options.get("train", ()), eight_bit=base_dtype == "int8", offload=offload)
         policy = cls(*shapes.take_shapes(base, options, dtype=DTYPES[base_dtype]), **options)
@@ -227,7 +241,7 @@ class UsoPolicy(FluxPolicy):
             raise ConfigError("the condition has style pictures, but the policy has no `projector`")
         weight = next(self.projector.parameters())
         levels_S3VD = torch.stack([levels for styles in condition.styles_B for levels in styles])
-        tokens_SKH = self.projector(levels_S3VD.to(weight))
+        tokens_SKH = self.projector(to_device(levels_S3VD, weight.device, weight.dtype))
         return [tokens.flatten(0, 1) for tokens in tokens_SKH.split(counts)]
 
     def save(self, folder: Path) -> Mapping[str, Path]:

@@ -7,7 +7,7 @@ ahead, drawn again after a crash, or drawn by a resumed run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from rewardgen.data.buckets import BucketedDataset
+from rewardgen.data.read_ahead import PATIENCE, Reading
 from rewardgen.distributed import Processes
 from rewardgen.errors import ConfigError
 from rewardgen.flow.window import draw_entries
@@ -25,7 +26,7 @@ from rewardgen.types import Example, Rollout, RolloutRequest
 
 
 class Dataset(Protocol):
-    """Examples by position."""
+    """Examples by position. With `read_ahead = True` another thread may read them, see `data/read_ahead.py`."""
 
     def __len__(self) -> int:
         """How many."""
@@ -75,10 +76,18 @@ class Batches:
         config: sizes and dropout.
         seed: the run's seed.
         processes: those that share a step's examples.
+        prepare: called with each example that is read ahead, in the thread that reads.
     """
 
     def __init__(
-        self, dataset: Dataset, *, rollout: RolloutConfig, config: BatchShape, seed: int, processes: Processes
+        self,
+        dataset: Dataset,
+        *,
+        rollout: RolloutConfig,
+        config: BatchShape,
+        seed: int,
+        processes: Processes,
+        prepare: Callable[[Example], None] | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise ConfigError("data.train has no examples")
@@ -87,6 +96,8 @@ class Batches:
         self.config = config
         self.seed = seed
         self.processes = processes
+        self._prepare = prepare or (lambda _: None)
+        self._reading: Reading | None = None
 
     def plan(self, step: int) -> Batch:
         """The examples of a step.
@@ -94,23 +105,53 @@ class Batches:
         Each epoch is a permutation of the data, and each process has the places after those of the one before it.
         """
         seed_globals(derive_seed(self.seed, "globals", step))  # for datasets that draw from them
+        chosen = self._chosen(step)
+        examples = iter(self._read([index for micro_batch in chosen for _, index in micro_batch]))
+        return Batch(step=step, micro_batches=[[(place, next(examples)) for place, _ in batch] for batch in chosen])
+
+    def read_ahead(self, step: int) -> None:
+        """Let a thread read the examples of a step, for the `plan` to come, where the dataset allows it."""
+        self.close(None)
+        if getattr(self.dataset, "read_ahead", False):
+            indices = [index for micro_batch in self._chosen(step) for _, index in micro_batch]
+            self._reading = Reading(self.dataset.__getitem__, indices, prepare=self._prepare)
+
+    def close(self, patience: float | None = PATIENCE) -> None:
+        """Give up what is being read ahead; wait at most so many seconds for the picture at hand."""
+        if self._reading is not None:
+            self._reading.stop(patience)
+            self._reading = None
+
+    def _read(self, indices: list[int]) -> list[Example]:
+        if self._reading is None or self._reading.indices != tuple(indices):
+            self.close(None)  # of another step: two threads must not read at a time
+            return [self.dataset[index] for index in indices]
+        reading, self._reading = self._reading, None
+        try:
+            return reading.take()
+        except KeyboardInterrupt:
+            reading.stop(PATIENCE)
+            raise
+
+    def _chosen(self, step: int) -> list[list[tuple[int, int]]]:
+        """Per micro-batch of this process, pairs of (place in the batch of all processes, index of the example)."""
         if isinstance(self.dataset, BucketedDataset):
-            return Batch(step=step, micro_batches=self._bucketed(step, self.dataset))
+            return self._bucketed(step, self.dataset)
         size, share = len(self.dataset), self.config.batch_size * self.config.accumulation
         chosen = []
         for place in range(self.processes.rank * share, (self.processes.rank + 1) * share):
             epoch, position = divmod(step * share * self.processes.size + place, size)
-            chosen.append((place, self.dataset[_permutation(derive_seed(self.seed, "order", epoch), size)[position]]))
+            chosen.append((place, _permutation(derive_seed(self.seed, "order", epoch), size)[position]))
         cuts = range(0, share, self.config.batch_size)
-        return Batch(step=step, micro_batches=[chosen[i : i + self.config.batch_size] for i in cuts])
+        return [chosen[i : i + self.config.batch_size] for i in cuts]
 
-    def _bucketed(self, step: int, dataset: BucketedDataset) -> list[list[tuple[int, Example]]]:
+    def _bucketed(self, step: int, dataset: BucketedDataset) -> list[list[tuple[int, int]]]:
         """Micro-batches of one bucket each. Here the order depends on the micro-batches' size."""
         size, accumulation = self.config.batch_size, self.config.accumulation
         batches = []
         for number in range(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation):
             indices = dataset.micro_batch(step * accumulation * self.processes.size + number, size, self.seed)
-            batches.append([(number * size + place, dataset[index]) for place, index in enumerate(indices)])
+            batches.append([(number * size + place, index) for place, index in enumerate(indices)])
         return batches
 
     def _image_size(self, micro_batch: Sequence[tuple[int, Example]]) -> tuple[int, int]:

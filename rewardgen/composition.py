@@ -28,6 +28,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from rewardgen.settings import Settings
+from rewardgen.transfer import to_device
 from rewardgen.types import Score
 
 
@@ -169,7 +170,7 @@ def pixel_gradient(term: Term, score_grads: Mapping[str, Tensor]) -> Tensor | No
     Rewards without an entry in `score_grads` (no gradient, or no valid score) are left out.
     """
     rows = [
-        partial_B.to(score_grads[name].device)[:, None, None, None] * score_grads[name]
+        to_device(partial_B, score_grads[name].device)[:, None, None, None] * score_grads[name]
         for name, partial_B in term.partials.items()
         if name in score_grads
     ]

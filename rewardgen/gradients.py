@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rewardgen.adaptive import ScoreSums
 from rewardgen.distributed import Processes
 from rewardgen.sharding import is_shard, part
+from rewardgen.transfer import numbers, score_on_host
 from rewardgen.types import Score
 
 Gradient: TypeAlias = list[Tensor]
@@ -44,19 +45,33 @@ class TermSums:
     """Accumulates terms over the micro-batches of one optimizer step."""
 
     def __init__(self) -> None:
-        self.values: dict[str, float] = {}
+        self._values: dict[str, float] = {}
+        self._pending: list[tuple[str, Tensor]] = []
         self.counts: dict[str, int] = {}
         self.gradients: dict[str, Gradient] = {}
         self.valid: dict[str, list[bool]] = {}
         self.scores: dict[str, ScoreSums] = {}
 
+    @property
+    def values(self) -> dict[str, float]:
+        """Sums so far by term. Waits for the device, once for all that was added since it was last asked."""
+        found = numbers([value for _, value in self._pending])
+        for (name, _), value in zip(self._pending, found, strict=True):
+            self._values[name] = self._values.get(name, 0.0) + value
+        self._pending.clear()
+        return self._values
+
     def add(self, name: str, value: Tensor, count: int) -> None:
-        """Add a sum over `count` valid examples to a term."""
-        self.values[name] = self.values.get(name, 0.0) + float(value.detach())
+        """Add a sum over `count` valid examples to a term. It stays where it is."""
+        self._pending.append((name, value.detach()))
         self.counts[name] = self.counts.get(name, 0) + count
 
     def add_score(self, name: str, score: Score) -> None:
-        """Note a reward's own values, what it reports beside them, and which were valid, in order of the examples."""
+        """Note a reward's own values, what it reports beside them, and which were valid, in order of the examples.
+
+        Waits for the device of a score that is not on the CPU.
+        """
+        score = score_on_host(score)
         self.valid.setdefault(name, []).extend(score.valid_B.tolist())
         self.scores[name] = self.scores.get(name, ScoreSums()) + ScoreSums.of(score)
 
@@ -97,7 +112,7 @@ class TermSums:
         mine |= {"scores": {name: of.to_json() for name, of in self.scores.items()}}
         said = processes.exchange(topic, mine)
         terms = [name for name in counted_by if any(name in other["counts"] for other in said)]
-        self.values = {name: sum(other["values"].get(name, 0.0) for other in said) for name in terms}
+        self._values = {name: sum(other["values"].get(name, 0.0) for other in said) for name in terms}
         self.counts = {name: sum(other["counts"].get(name, 0) for other in said) for name in terms}
         own, self.gradients = self.gradients, {}
         for name, counting in counted_by.items():
@@ -126,34 +141,54 @@ def weighted_sum(gradients: Mapping[str, Gradient], coefficients: Mapping[str, f
     return total
 
 
-def global_norm(gradient: Sequence[Tensor], complete: Complete | None = None) -> float:
-    """Euclidean norm over all tensors together, and over all processes that hold parts of them."""
-    lengths_P = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradient])
-    return float(lengths_P.norm() if complete is None else complete(lengths_P.square()).sum().sqrt())
+class Geometry(NamedTuple):
+    """Lengths and angles of a gradient and its parts.
+
+    `norm` is the gradient's Euclidean norm, 0 for none. `norms` are those of each term's part of it, `|c_k grad S_k|`.
+    `cosines` are between the parts, as `cosine/a/b`: below 0 the terms pull against each other. Pairs with a part of
+    norm 0 are left out.
+    """
+
+    norm: float
+    norms: dict[str, float]
+    cosines: dict[str, float]
 
 
-def norms(
-    gradients: Mapping[str, Gradient], coefficients: Mapping[str, float], complete: Complete | None = None
-) -> dict[str, float]:
-    """Norm of each term's part of the loss gradient, `|c_k grad S_k|`."""
-    return {name: abs(coefficients[name]) * global_norm(grads, complete) for name, grads in gradients.items()}
-
-
-def cosines(
+def geometry(
+    gradient: Gradient | None,
     gradients: Mapping[str, Gradient],
     coefficients: Mapping[str, float],
-    lengths: Mapping[str, float],
     complete: Complete | None = None,
-) -> dict[str, float]:
-    """Cosine between the parts of the loss gradient, as `cosine/a/b`: below 0 the terms pull against each other.
+) -> Geometry:
+    """Measure a gradient and its parts, over all processes that hold some of them. Waits for the device once.
 
-    Pairs with a part of norm 0 are left out. `lengths` are the parts' `norms`.
+    Args:
+        gradient: `weighted_sum(gradients, coefficients)`; None where there are no parts.
+        gradients: of each term's sum.
+        coefficients: what each counts with.
+        complete: see `Complete`; None where every process has the whole.
     """
-    result: dict[str, float] = {}
-    for (a, gradient_a), (b, gradient_b) in combinations(gradients.items(), 2):
-        if lengths[a] and lengths[b]:
-            pairs = zip(gradient_a, gradient_b, strict=True)
-            dots_P = torch.stack([(x.double() * y.double()).sum() for x, y in pairs])
-            dot = float((dots_P if complete is None else complete(dots_P)).sum())
-            result[f"cosine/{a}/{b}"] = coefficients[a] * coefficients[b] * dot / (lengths[a] * lengths[b])
-    return result
+    if gradient is None:
+        return Geometry(0.0, {}, {})
+    pairs = list(combinations(gradients, 2))
+    lengths = [_length(grads, complete) for grads in (gradient, *gradients.values())]
+    dots = [_dot(gradients[a], gradients[b], complete) for a, b in pairs]
+    norm, *found = numbers([*lengths, *dots])
+    norms = {name: abs(coefficients[name]) * length for name, length in zip(gradients, found, strict=False)}
+    cosines = {
+        f"cosine/{a}/{b}": coefficients[a] * coefficients[b] * dot / (norms[a] * norms[b])
+        for (a, b), dot in zip(pairs, found[len(gradients) :], strict=True)
+        if norms[a] and norms[b]
+    }
+    return Geometry(norm, norms, cosines)
+
+
+def _length(gradient: Sequence[Tensor], complete: Complete | None) -> Tensor:
+    """Euclidean norm over all tensors together, float64."""
+    lengths_P = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradient])
+    return lengths_P.norm() if complete is None else complete(lengths_P.square()).sum().sqrt()
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor], complete: Complete | None) -> Tensor:
+    dots_P = torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)])
+    return (dots_P if complete is None else complete(dots_P)).sum()

@@ -27,7 +27,7 @@ from rewardgen.base_policy import split_state
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.window import WindowConfig
-from rewardgen.gradients import TermSums, cosines, global_norm, norms, weighted_sum
+from rewardgen.gradients import TermSums, geometry, weighted_sum
 from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective
 from rewardgen.optimizer import Optimizer, OptimizerConfig
@@ -171,9 +171,8 @@ class Learner:
         parts = {name: coefficients.get(name, 1.0) for name in sums.gradients}
         with clock.phase("optimizer"):
             gradient = weighted_sum(sums.gradients, parts) if sums.gradients else None
-            grad_norm = 0.0 if gradient is None else global_norm(gradient, self._complete)
+            grad_norm, grad_norms, cosines = geometry(gradient, sums.gradients, parts, self._complete)
             finite = math.isfinite(grad_norm) and all(map(math.isfinite, terms.values()))
-            grad_norms = norms(sums.gradients, parts, self._complete)
             applied = gradient is not None and finite
             if gradient is not None and finite:
                 self._optimizer.update(gradient, grad_norm, step=step)
@@ -195,7 +194,7 @@ class Learner:
             skipped=not applied,
             seconds_by_phase=clock.seconds_by_phase,
             peak_memory_bytes=clock.peak_memory_bytes(),
-            metrics=(cosines(sums.gradients, parts, grad_norms, self._complete) if finite else {}) | sampled,
+            metrics=(cosines if finite else {}) | sampled,
         )
         return report, sums.scores
 

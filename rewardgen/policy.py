@@ -26,6 +26,13 @@ class Policy(nn.Module, ABC):
     def encode(self, examples: Sequence[Example]) -> Condition:
         """Run the frozen encoders once for a batch (any number and size of references). Never builds a graph."""
 
+    def read_encodings(self, examples: Sequence[Example]) -> None:
+        """Bring what is stored of the examples' encodings into memory, for an `encode` to come.
+
+        The trainer calls it in another thread while a step runs: it computes nothing, touches no device and draws from
+        no global generator. Without an override nothing happens.
+        """
+
     @abstractmethod
     def velocity_fn(self, condition: Condition, *, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:
         """Return `(latents_BLC, t_B) -> velocity_BLC` for a condition and pictures of (height, width).
@@ -49,7 +56,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
-        """Pictures in [0, 1] -> clean latents [B, L, C], without gradient."""
+        """Pictures in [0, 1], on any device -> clean latents [B, L, C] on the policy's, without gradient."""
 
     @abstractmethod
     def decode(self, latents_BLC: Tensor, image_size: tuple[int, int]) -> Tensor:

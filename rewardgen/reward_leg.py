@@ -7,7 +7,6 @@ Shape suffixes: B batch, H and W pixels.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,7 @@ from rewardgen.composition import pixel_gradient
 from rewardgen.gradients import TermSums
 from rewardgen.objective import Objective, masked_sum
 from rewardgen.reward import score
+from rewardgen.transfer import score_on_host
 from rewardgen.types import Example, Score
 
 
@@ -44,12 +44,14 @@ def reward_leg(
         seen_B3HW = pixels_B3HW.detach().to(torch.promote_types(pixels_B3HW.dtype, torch.float32))
         seen_B3HW.requires_grad_()
         result = score(objective.rewards[name], seen_B3HW, examples, enable_grad=True)
-        sums.add_score(name, result)
-        scores[name] = dataclasses.replace(result, value_B=result.value_B.detach())
-        total, count = masked_sum(result)
-        if count:
-            (grad_B3HW,) = torch.autograd.grad(total, seen_B3HW)
-            valid_B = result.valid_B.to(grad_B3HW.device)
+        # The only answer that a reward's leg waits for: without a valid score there is no backward pass at all.
+        scores[name] = seen = score_on_host(result)
+        sums.add_score(name, seen)
+        if int(seen.valid_B.sum()):  # a number, which a plan without values can make up
+            # Of the sum over the valid ones, whose number the device need not know.
+            valid_B = result.valid_B
+            (grad_B3HW,) = torch.autograd.grad(result.value_B, seen_B3HW, grad_outputs=valid_B.to(result.value_B))
+            valid_B = valid_B.to(grad_B3HW.device)
             score_grads[name] = grad_B3HW.where(valid_B[:, None, None, None], 0.0)
     pixel_grads: dict[str, Tensor] = {}
     for name, term in objective.terms(scores, step).items():

@@ -18,6 +18,7 @@ from rewardgen.flow.window import WindowConfig
 from rewardgen.policy import Mode, Policy, noise_like_request
 from rewardgen.seeds import derive_seed, seed_globals
 from rewardgen.settings import Settings
+from rewardgen.transfer import to_device
 from rewardgen.types import Condition, Rollout, RolloutRequest, Trajectory, VelocityFn
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -117,7 +118,7 @@ class RolloutWorker:
                 image_size=request.image_size,
                 precision=self.precision,
             )
-            entry_BLC, kept, start = noise_BLC.to(device_of(self.policy)), {}, 0
+            entry_BLC, kept, start = to_device(noise_BLC, device_of(self.policy)), {}, 0
             steps_SBLC, log_prob_BS = None, None
             if request.stochastic is not None:
                 entry_BLC, steps_SBLC, log_prob_BS = sample_stochastic(
@@ -188,7 +189,7 @@ def to_eight_bit(pixels_B3HW: Tensor) -> Tensor:
     """
     levels_B3HW = (pixels_B3HW.float() * 255).round()
     # By a tensor of its device: on a GPU a plain number would be a product with 1 / 255, off by a last bit.
-    return levels_B3HW / levels_B3HW.new_tensor(255.0)
+    return levels_B3HW / levels_B3HW.new_full((), 255.0)
 
 
 def device_of(policy: Policy) -> torch.device:

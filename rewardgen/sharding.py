@@ -98,6 +98,10 @@ class ShardedPolicy(Policy):
         """See `Policy.encode`."""
         return self.inner.encode(examples)
 
+    def read_encodings(self, examples: Sequence[Example]) -> None:
+        """See `Policy.read_encodings`."""
+        self.inner.read_encodings(examples)
+
     def velocity_fn(self, condition: Condition, *, mode: Mode, image_size: tuple[int, int]) -> VelocityFn:
         """See `Policy.velocity_fn`."""
         inner = self.inner.velocity_fn(condition, mode=mode, image_size=image_size)

@@ -114,7 +114,7 @@ class FlowMatchingTerm:
             return
         examples, seed_B = [example for example, _ in chosen], [seed for _, seed in chosen]
         targets_B3HW = torch.stack([_target(example, batch.image_size) for example in examples])
-        clean_BLC = policy.encode_pixels(targets_B3HW.to(device_of(policy)))
+        clean_BLC = policy.encode_pixels(targets_B3HW)
         t_B, noise_BLC = draw_times_and_noise(seed_B, clean_BLC, policy.training_sigmas(batch.image_size))
         with torch.enable_grad():
             velocity = model.velocity(policy.encode(examples), "train", batch.image_size)

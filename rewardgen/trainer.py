@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -149,7 +150,14 @@ class Trainer:
             raise ConfigError(f"nobody scores the samples for {sorted(learner.objective.sampled)}: pass scoring=")
         self.pool = pool
         self.scoring = scoring
-        self.batches = Batches(dataset, rollout=rollout, config=config, seed=seed, processes=self.processes)
+        self.batches = Batches(
+            dataset,
+            rollout=rollout,
+            config=config,
+            seed=seed,
+            processes=self.processes,
+            prepare=lambda example: learner.policy.read_encodings([example]),
+        )
         self.config = config
         self.checkpoints = folder / "checkpoints"
         self.completed_steps = 0
@@ -159,7 +167,7 @@ class Trainer:
         self._best: dict[int, dict[str, float]] = {}
         self._ahead = Ahead(
             put=lambda weights: self.pool.put(weights),
-            plan=self.batches.plan,
+            plan=self._plan,
             needs_weights=self._needs_weights,
             submit=self._submit,
             publish=learner.publish,
@@ -173,7 +181,9 @@ class Trainer:
         SIGINT or SIGTERM let the step finish, save a checkpoint and return; a second one acts at once.
         """
         checkpoint: Path | None = None
-        with stop_signal() as stopped:
+        with ExitStack() as stack:
+            stack.callback(self.batches.close)
+            stopped = stack.enter_context(stop_signal())
             while self.completed_steps < self.config.num_steps and not self._any(stopped.is_set()):
                 checkpoint = None
                 report = self.step(self.completed_steps)
@@ -205,6 +215,13 @@ class Trainer:
             seconds_by_phase=clock.seconds_by_phase | dict(report.seconds_by_phase),
             metrics=dict(report.metrics) | figures,
         )
+
+    def _plan(self, step: int) -> Batch:
+        """The examples of a step; those of the next are read while it is drawn and learned from."""
+        batch = self.batches.plan(step)
+        if step + 1 < self.config.num_steps:
+            self.batches.read_ahead(step + 1)
+        return batch
 
     def _needs_weights(self, step: int) -> bool:
         objective = self.learner.objective

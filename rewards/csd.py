@@ -33,6 +33,7 @@ from rewardgen.rewards.preprocess import (
     normalise,
     resize_centre_crop,
 )
+from rewardgen.transfer import to_device
 from rewardgen.types import Example, Score
 
 METADATA_KEY = "rewardgen.csd"
@@ -125,7 +126,7 @@ class CsdReward(Reward):
         references = [self._mean_reference(example, style_BD) for example in examples]
         valid = [bool(example.style_refs) for example in examples]
         value_B = (style_BD * torch.stack(references)).sum(-1)
-        return Score(value_B=value_B, valid_B=torch.tensor(valid, device=value_B.device))
+        return Score(value_B=value_B, valid_B=to_device(torch.tensor(valid), value_B.device))
 
     def embed(self, pixels_B3HW: Tensor) -> Tensor:
         """Style descriptors [B, D] in float32, of unit length, of pictures of any one size."""

@@ -86,8 +86,15 @@ def resize(
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (pixels - mean) / std per channel of [..., 3, H, W]."""
-    shape = (-1, 1, 1)
-    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+    means, stds = (_by_channel(tuple(values), pixels.dtype, pixels.device) for values in (mean, std))
+    return (pixels - means) / stds
+
+
+@lru_cache(maxsize=64)
+def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept: numbers that become a tensor on a GPU stop the host until the GPU has done all before.
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def clamp_straight_through(pixels: Tensor) -> Tensor:

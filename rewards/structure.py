@@ -19,11 +19,15 @@ from torch.nn import functional as F
 
 from rewardgen.errors import ConfigError
 from rewardgen.reward import Reward
+from rewardgen.rewards.cache import TensorCache, digest
 from rewardgen.rewards.preprocess import clamp_straight_through
+from rewardgen.transfer import to_device
 from rewardgen.types import Example, Score
 
 FLAT = 1e-5
 """Mean variance of a reference's colours below which there is no layout to compare with."""
+CACHED_REFERENCES = 1024
+"""References kept as they are compared; 50 kB each at the usual size."""
 
 
 class StructureReward(Reward):
@@ -61,18 +65,27 @@ class StructureReward(Reward):
         if not noise > 0:
             raise ConfigError(f"noise: {noise} must be above 0")
         self.size, self.noise = size, noise
+        self._cache = TensorCache()
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         seen_B3SS = self._at_size(clamp_straight_through(_full_precision(pixels_B3HW)))
         values, valid = [], []
         for index, example in enumerate(examples):
             seen_13SS = seen_B3SS[index : index + 1]
-            refs = [self._at_size(_full_precision(ref).to(seen_13SS)[None].detach()) for ref in example.content_refs]
-            refs = [ref for ref in refs if float(ref.var((2, 3)).mean()) > FLAT]
-            shares = [explained_share(seen_13SS, ref, self.noise) for ref in refs]
+            refs = [self._reference(ref, seen_13SS) for ref in example.content_refs]
+            shares = [explained_share(seen_13SS, ref, self.noise) for ref in refs if len(ref)]
             values.append(torch.cat(shares).mean() if shares else 0 * seen_13SS.sum())
             valid.append(bool(shares))
-        return Score(value_B=torch.stack(values), valid_B=torch.tensor(valid, device=pixels_B3HW.device))
+        return Score(value_B=torch.stack(values), valid_B=to_device(torch.tensor(valid), pixels_B3HW.device))
+
+    def _reference(self, ref_3HW: Tensor, like: Tensor) -> Tensor:
+        """A reference as it is compared, [1, 3, S, S], or [0, 3, S, S] where it is of one colour; made once."""
+
+        def make() -> Tensor:
+            sized = self._at_size(_full_precision(ref_3HW).to(like)[None].detach())
+            return sized if float(sized.var((2, 3)).mean()) > FLAT else sized[:0]
+
+        return self._cache.get((digest(ref_3HW), like.dtype, like.device), make, CACHED_REFERENCES)
 
     def _at_size(self, pixels_B3HW: Tensor) -> Tensor:
         sized = F.interpolate(pixels_B3HW, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)

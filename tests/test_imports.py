@@ -18,6 +18,7 @@ RANKS = {
     "rewardgen.settings": 0,
     "rewardgen.types": 0,
     "rewardgen.seeds": 0,
+    "rewardgen.transfer": 0,
     "rewardgen.adaptive": 1,
     "rewardgen.arguments": 1,
     "rewardgen.checkpoint": 1,
@@ -73,7 +74,7 @@ RANKS = {
     "rewardgen.cli": 7,
     "rewardgen.__main__": 8,
 }
-FOUNDATION = {"rewardgen", "rewardgen.types", "rewardgen.errors", "rewardgen.settings"}
+FOUNDATION = {"rewardgen", "rewardgen.types", "rewardgen.errors", "rewardgen.settings", "rewardgen.transfer"}
 CONTRACT = {"rewardgen.rewards": "rewardgen.reward", "rewardgen.policies": "rewardgen.policy"}
 
 

@@ -66,6 +66,11 @@ class BucketedDataset:
     def _choose(self, size: Size | None) -> int:
         return 0 if size is None else nearest_bucket(size, self.buckets)
 
+    @property
+    def read_ahead(self) -> bool:
+        """Whether the examples may be read by another thread, see `read_ahead.py`."""
+        return bool(getattr(self.data, "read_ahead", False))
+
     def __len__(self) -> int:
         return len(self._bucket_of)
 

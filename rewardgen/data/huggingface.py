@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -33,6 +33,9 @@ class HuggingFaceDataset:
     Raises:
         DatasetError: `datasets` is not installed, or there is no such dataset, split or column.
     """
+
+    read_ahead: ClassVar[bool] = True
+    """Examples may be read by another thread, see `read_ahead.py`."""
 
     def __init__(
         self,

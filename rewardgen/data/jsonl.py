@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rewardgen.data.images import ImageError, load_image, picture_size
 from rewardgen.errors import UserError, nearest
@@ -44,6 +44,9 @@ class JsonlDataset:
     Raises:
         DatasetError: an unreadable file, or up to ten faulty rows with their line numbers.
     """
+
+    read_ahead: ClassVar[bool] = True
+    """Examples may be read by another thread, see `read_ahead.py`."""
 
     def __init__(self, path: str, limit: int | None = None) -> None:
         self.path = _at_home(path)

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rewardgen.data.images import ImageError, decode_image, picture_size
 from rewardgen.data.jsonl import DatasetError
@@ -58,6 +58,9 @@ class ShardDataset:
     Raises:
         DatasetError: no such shard, one that is damaged, or members that make no example.
     """
+
+    read_ahead: ClassVar[bool] = True
+    """Examples may be read by another thread, see `read_ahead.py`."""
 
     def __init__(self, path: str, limit: int | None = None) -> None:
         if limit is not None and limit < 1:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rewardgen.transfer import to_device
 from rewardgen.types import VelocityFn
 
 
@@ -23,7 +24,8 @@ def draw_times_and_noise(seed_B: Sequence[int], clean_BLC: Tensor, training_sigm
         generator = torch.Generator().manual_seed(seed)
         t_B.append(training_sigmas_N[torch.randint(training_sigmas_N.numel(), (), generator=generator)])
         noise_BLC.append(torch.randn(clean_BLC.shape[1:], generator=generator))
-    return torch.stack(t_B).to(clean_BLC.device), torch.stack(noise_BLC).to(clean_BLC)
+    device = clean_BLC.device
+    return to_device(torch.stack(t_B), device), to_device(torch.stack(noise_BLC), device, clean_BLC.dtype)
 
 
 def flow_matching_loss(velocity: VelocityFn, clean_BLC: Tensor, noise_BLC: Tensor, t_B: Tensor) -> Tensor:

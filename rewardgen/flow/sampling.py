@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rewardgen.transfer import to_device
 from rewardgen.types import VelocityFn
 
 
@@ -47,7 +48,7 @@ def sample(
         raise ValueError(f"steps {start} to {stop} are not within a schedule of {num_steps} steps")
     if latents_BLC.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"latents are accumulated in float32 or float64, not in {latents_BLC.dtype}")
-    sigmas_T = sigmas_T.to(latents_BLC.device)
+    sigmas_T = to_device(sigmas_T, latents_BLC.device)
     x_BLC = latents_BLC
     with torch.set_grad_enabled(enable_grad):
         for step in range(start, stop):

@@ -23,6 +23,7 @@ from torch import Tensor
 from rewardgen.flow.sampling import sample
 from rewardgen.seeds import derive_seed
 from rewardgen.settings import Settings
+from rewardgen.transfer import to_device
 from rewardgen.types import Stochastic, VelocityFn
 
 
@@ -152,7 +153,7 @@ def sample_stochastic(
     if not steps or steps != tuple(range(steps[0], steps[0] + len(steps))) or steps[-1] >= stop:
         raise ValueError(f"noisy steps must be consecutive and before step {stop}, got {list(steps)}")
     x_BLC = sample(velocity, latents_BLC, sigmas_T, start=0, stop=steps[0], enable_grad=False)
-    times_T = sigmas_T.to(x_BLC.device)
+    times_T = to_device(sigmas_T, x_BLC.device)
     states, log_probs = [x_BLC], []
     with torch.no_grad():
         for index in steps:
@@ -173,4 +174,4 @@ def step_noise(seed_B: Sequence[int], step: int, like_BLC: Tensor) -> Tensor:
         torch.randn(like_BLC.shape[1:], generator=torch.Generator().manual_seed(derive_seed("sde", seed, step)))
         for seed in seed_B
     ]
-    return torch.stack(drawn).to(like_BLC)
+    return to_device(torch.stack(drawn), like_BLC.device, like_BLC.dtype)

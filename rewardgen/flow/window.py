@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewardgen.flow.sampling import clean_estimate, sample
 from rewardgen.settings import Settings
+from rewardgen.transfer import to_device
 from rewardgen.types import Trajectory, VelocityFn
 
 _FIELD_OF_KIND = {"refl": "entry_range", "draft": "k", "alignprop": "k_range", "full": None}
@@ -124,6 +125,6 @@ def run_window(velocity: VelocityFn, trajectory: Trajectory, window: WindowConfi
             enable_grad=enable_grad,
             checkpoint_steps=window.checkpoint_steps,
         )
-    t = trajectory.sigmas_T[entry].to(x_BLC.device)
+    t = to_device(trajectory.sigmas_T[entry], x_BLC.device)
     with torch.set_grad_enabled(enable_grad):
         return clean_estimate(x_BLC, velocity(x_BLC, t.expand(len(x_BLC))), t)
