@@ -1,6 +1,6 @@
 """A real cluster, started as its users start one: `rewardgen submit` trains, streams, stops and resumes.
 
-Long (a minute), and packaging changes nothing for it: what travels is the same from a checkout and from a wheel.
+Long (a minute). `.ci/run` runs it from a checkout and again from the wheel.
 """
 
 from __future__ import annotations
