@@ -61,7 +61,7 @@ def test_every_back_end_of_the_cpu_gives_the_same_velocity_and_gradients() -> No
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flahs", r"attention: 'flahs' is no back end of diffusers\. Did you mean 'flash'\?"),
+        ("flashh", r"attention: 'flashh' is no back end of diffusers\. Did you mean 'flash'\?"),
         ("quick", r"'quick' is no back end of diffusers\. It knows: flash, .*native"),
         ("sage", r"'sage' has no backward pass, so nothing would be trained; use flash or native"),
         ("flash", r"'flash' cannot be used here: .*install `flash-attn"),
@@ -85,7 +85,7 @@ def test_a_plan_knows_the_names_and_needs_no_installation(monkeypatch: pytest.Mo
     check_backend("flash", here=False)
     for policy in (UsoPolicy, UnoPolicy):
         with pytest.raises(ConfigError, match="Did you mean 'flash'"):
-            policy.blueprint("/nothing/is/here", attention="flahs")
+            policy.blueprint("/nothing/is/here", attention="flashh")
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, compute: Any) -> None:

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def test_toy_runs_every_option_and_tells_ratios_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "found" / "options.json"
-    arguments = ["--toy", "--rounds", "2", "--attention", "_native_math", "flahs", "--output", str(path)]
+    arguments = ["--toy", "--rounds", "2", "--attention", "_native_math", "flashh", "--output", str(path)]
     options.main(arguments)
     result, said = json.loads(path.read_text()), capsys.readouterr().out
     (found,) = result["sizes"].values()
@@ -28,7 +28,7 @@ def test_toy_runs_every_option_and_tells_ratios_alone(tmp_path: Path, capsys: py
         assert 0 < of["time"]["low"] <= of["time"]["value"] <= of["time"]["high"]
         assert of["rounds"] == 2
         assert "seconds" not in of
-    assert "left out: attention: 'flahs' is no back end" in said
+    assert "left out: attention: 'flashh' is no back end" in said
     assert "the ratios mean nothing" in said
     assert "| 32 x 32 | decoder_channels_last |" in said
     assert all(line.endswith("|  |  |") for line in said.splitlines() if line.startswith("| 32 x 32"))
