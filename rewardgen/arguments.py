@@ -72,8 +72,9 @@ def collect_args(
 
 
 def _takes_nothing(target: Callable[..., Any]) -> bool:
-    # A torch module without an __init__ of its own has torch's, which says **kwargs and accepts none.
-    return inspect.isclass(target) and getattr(target.__init__, "__module__", "").startswith("torch.nn")
+    # A torch module without an __init__ of its own has torch's, which says **kwargs and accepts none. It is one of
+    # torch._dynamo's once something was compiled.
+    return inspect.isclass(target) and getattr(target.__init__, "__module__", "").startswith("torch.")
 
 
 def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:

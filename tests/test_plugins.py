@@ -363,7 +363,17 @@ def test_keyword_catch_alls_take_anything() -> None:
     assert plugins.check_args(loose, {"size": 1, "other": "x"}, "args") == {"size": 1, "other": "x"}
 
 
-def test_a_module_without_a_constructor_of_its_own_takes_nothing() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_without_a_constructor_of_its_own_takes_nothing(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled:  # as torch._dynamo's, which takes the place of torch's with the first compilation
+
+        def patched(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("nothing is made here")
+
+        patched.__module__ = "torch._dynamo.mutation_guard"
+        monkeypatch.setattr(torch.nn.Module, "__init__", patched)
     cls = plugins.resolve("rewards", "rewardgen.world.witness:StyleWitness")
     with pytest.raises(ConfigError, match=r"args\.size: unknown argument. It takes: no arguments\."):
         plugins.check_args(plugins.factory(cls), {"size": 1}, "args")

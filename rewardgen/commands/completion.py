@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-_DEFINES_A_REWARD = re.compile(r"^class \w+\([^)]*\bReward\b", re.MULTILINE)
+_DEFINES_A_REWARD = re.compile(r"^class \w+\([^)]*Reward\b", re.MULTILINE)
 
 
 def flavors(ctx: typer.Context) -> list[str]:
