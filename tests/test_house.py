@@ -47,6 +47,12 @@ def test_every_bundled_asset_is_packaged() -> None:
     assert assets <= packaged, f"not in package-data: {sorted(map(str, assets - packaged))}"
 
 
+def test_no_bundled_asset_names_a_folder_of_the_machine_that_made_it() -> None:
+    texts = {path: path.read_text() for path in (ROOT / "rewardgen" / "world" / "assets").rglob("*.json")}
+    assert texts
+    assert not [path for path, text in texts.items() if re.search(r'"(/|~|[A-Z]:)[^"]*/[^"]*"', text)]
+
+
 def test_every_requirement_is_pinned_within_its_bounds() -> None:
     pins = {canonical(name): pin for name, pin in PINS.items()}
     extras = PROJECT["project"]["optional-dependencies"]

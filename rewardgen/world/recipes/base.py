@@ -26,6 +26,7 @@ from rewardgen.policies.trained import Part
 from rewardgen.policies.uso import UsoPolicy
 from rewardgen.types import Example
 from rewardgen.world.dataset import TinyWorld
+from rewardgen.world.recipes.saving import save_model
 from rewardgen.world.recipes.training import Recipe, cosine
 from rewardgen.world.recipes.vae import load as load_vae
 from rewardgen.world.scenes import SIDE
@@ -224,7 +225,7 @@ def stages(
 ) -> dict[str, float]:
     """USO's stage 1 and 2 on a pre-trained transformer."""
     through_half(loaded)  # what follows trains on exactly what is saved
-    loaded.transformer.to(torch.float16).save_pretrained(folder / "base" / "transformer")
+    save_model(loaded.transformer, folder / "base" / "transformer")
     loaded.transformer.to(torch.float32)
     stage_1 = training_policy(loaded, projector, "projector")
     times, steps = stage_1.training_sigmas((SIDE, SIDE)), [r.scaled(steps_factor) for r in (STAGE_1, STAGE_2)]

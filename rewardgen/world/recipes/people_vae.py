@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from rewardgen.world.faces import MAX_PEOPLE, draw_groups, portraits
 from rewardgen.world.people import draw_people
 from rewardgen.world.recipes import vae
+from rewardgen.world.recipes.saving import save_model
 from rewardgen.world.recipes.training import Recipe, fit
 
 RECIPE = Recipe(name="people-vae", version="1", steps=1600, batch=8, lr=1e-3, seed=701)
@@ -91,5 +92,5 @@ def load(folder: Path) -> AutoencoderKL:
 
 def build(folder: Path, steps_factor: float) -> dict[str, float]:
     """Train, save, and report the reconstruction's quality in dB."""
-    make(folder, RECIPE.scaled(steps_factor)).half().save_pretrained(folder / FOLDER)
+    save_model(make(folder, RECIPE.scaled(steps_factor)), folder / FOLDER)
     return reconstruction_psnr(load(folder))

@@ -34,6 +34,7 @@ from rewardgen.types import Example, VelocityFn
 from rewardgen.world.faces import MAX_PEOPLE, PORTRAIT, SIDE
 from rewardgen.world.people_dataset import TinyPeople
 from rewardgen.world.recipes import base, detector, embedder, people_vae
+from rewardgen.world.recipes.saving import save_model
 from rewardgen.world.recipes.training import Recipe, fit
 
 CELLS = Recipe(name="uno-cells", version="1", steps=3500, batch=32, lr=1.2e-3, seed=802)
@@ -218,7 +219,7 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     learn_to_copy(policy, [cells_of(policy, world) for world in worlds], steps[0], keep[0])
     train(policy, worlds, GROUPS, steps[1], keep[1])
     train(policy, _worlds(MORE_PICTURES, steps_factor, seed=MAX_PEOPLE), MORE, steps[2], keep[2])
-    transformer.to(torch.float16).save_pretrained(folder / FOLDER / "transformer")
+    save_model(transformer, folder / FOLDER / "transformer")
     for name in COPIED:
         shutil.copytree(folder / "base" / name, folder / FOLDER / name, dirs_exist_ok=True)
     return identity_figures(folder, load_policy(folder))

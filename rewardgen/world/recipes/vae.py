@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewardgen.world.recipes.saving import save_model
 from rewardgen.world.recipes.training import Recipe, fit
 from rewardgen.world.scenes import draw_contents, draw_photo_styles, draw_styles, render
 
@@ -84,15 +85,11 @@ def reconstruction_psnr(vae: AutoencoderKL, n: int = 128) -> float:
     return float(-10 * torch.log10((rebuilt.clamp(0, 1) - pixels).square().mean()))
 
 
-def save(vae: AutoencoderKL, folder: Path) -> None:
-    vae.half().save_pretrained(folder / "base" / "vae")
-
-
 def load(folder: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder / "base" / "vae", torch_dtype=torch.float32).eval()
 
 
 def build(folder: Path, steps_factor: float) -> dict[str, float]:
     """Train, save, and report the reconstruction's quality in dB."""
-    save(make(steps_factor), folder)
+    save_model(make(steps_factor), folder / "base" / "vae")
     return {"psnr_db": reconstruction_psnr(load(folder))}
