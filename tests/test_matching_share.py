@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewardgen import sources
 from rewardgen.errors import ConfigError
 from rewardgen.rewards import matching
 from rewardgen.rewards.faces import align
@@ -21,7 +20,6 @@ from rewardgen.rewards.faces.detector import GivenDetector
 from rewardgen.rewards.matching import MatchingReward
 from rewardgen.types import Example
 from tests.toy_faces import GRID, LinearNetwork, example_of, linear_encoder, person, scene
-from tests.untrained_people import make_world
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -205,7 +203,6 @@ def test_shares_are_of_whole_steps() -> None:
 
 
 def test_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "ASSETS", make_world(tmp_path / "world"))
     monkeypatch.setattr(matching_share, "WARM_UP", 0)
     small = ["train.batch_size=2", "data.train.args.size=4", "data.held_out.args.size=1", "rollout.num_steps=2"]
     trainer = matching_share.make([*small, "rollout.window.entry_range=[1, 1]"], tmp_path)
