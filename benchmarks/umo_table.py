@@ -4,15 +4,14 @@
     python benchmarks/umo_table.py --arm SIR --seed 1             # only these cells
     python benchmarks/umo_table.py --check                        # train nothing: are the committed cells current?
 
-Seven arms start from one base, are trained for as many steps as each other on groups of one to six people, and are
+Five arms start from one base, are trained for as many steps as each other on groups of one to six people, and are
 judged on pictures of 2, 4 and 6 held-out people (`PICTURES` of each number) by ID-Sim, ID-Conf and its coverage, faces
 missing and too many, and the layout witness. All draw from the same noise, so that every change is a paired one. The
 identities and pictures of the table are of data seeds of their own; what settings are chosen on is the experiment's
 own held-out data.
 
-The options of the matching reward come one after the other, so that it can be said which brings what. A change of
-normalisation is also a change of the reward's weight: `LOUDER` is the official form with the weight that makes perfect
-matches worth as much, on average over one to six people, as normalised by matches.
+Our options divide by matches, not by all pairs, and that is a larger weight too: `LOUDER` is the official form with the
+weight that makes perfect matches worth as much, on average over one to six people, as divided by matches.
 
 A cell's file has each score of each picture, for whatever is paired later. `umo_verdicts.py` says what they show.
 """
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a caller that is
 import cells as shared
 import umo_verdicts
 from baselines import step_evaluations
-from umo_verdicts import FLOOR, LOUDER, MATCHES, MIMR, OURS, SIR, SUPERVISED, Scores
+from umo_verdicts import LOUDER, MIMR, OURS, SIR, SUPERVISED, Scores
 
 from rewardgen import build
 from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
@@ -63,8 +62,6 @@ OWN_EXAMPLES = 6
 """Held-out examples of the run's own evaluation, which is only looked at (`faces.png`)."""
 
 _REWARD = "objective.rewards.people"
-_BY_MATCHES = f"{_REWARD}.args.normalise=matches"
-_FLOOR = f"{_REWARD}.args.floor=0.0"
 ARMS: Mapping[str, tuple[str, ...]] = {
     SUPERVISED: (f"{_REWARD}.weight=0",),
     SIR: (
@@ -74,9 +71,12 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     ),
     MIMR: (),
     LOUDER: (),  # see `settings`
-    MATCHES: (_BY_MATCHES,),
-    FLOOR: (_BY_MATCHES, _FLOOR),
-    OURS: (_BY_MATCHES, _FLOOR, f"{_REWARD}.args.miss=0.5", f"{_REWARD}.args.extra=0.5"),
+    OURS: (
+        f"{_REWARD}.args.normalise=matches",
+        f"{_REWARD}.args.floor=0.0",
+        f"{_REWARD}.args.miss=0.5",
+        f"{_REWARD}.args.extra=0.5",
+    ),
 }
 AS_LOUD = MAX_PEOPLE / sum(1 / people for people in range(1, MAX_PEOPLE + 1))
 """Perfect matches among n people are worth 1 / n officially and 1 by matches; this is how much more on average."""
