@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import amortised
 import umo_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,13 @@ def test_a_cell_of_another_recipe_is_outdated(srl_table: ModuleType) -> None:
     other = experiment.model_copy(update={"seed": 7})
     assert srl_table.key_of(experiment) != srl_table.key_of(other)
     assert srl_table.key_of(experiment) == srl_table.key_of(experiment.model_copy(update={"name": "another"}))
+
+
+def test_the_table_of_amortised_rollouts_is_current_and_what_its_cells_say() -> None:
+    plans = [amortised.cell_of(entries, seed) for entries in amortised.ENTRIES for seed in amortised.SEEDS]
+    assert [plan.path.name for plan in plans if not amortised.shared.is_current(plan.path, plan.key)] == []
+    cells = [amortised.shared.read(plan.path) for plan in plans]
+    assert amortised.render(plans, cells) == amortised.TABLE.read_text()
 
 
 @pytest.fixture(scope="module")
