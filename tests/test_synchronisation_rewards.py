@@ -1,4 +1,4 @@
-"""Where the bundled rewards, and learning from samples, wait for the device; counted as in `test_synchronisation.py`."""
+"""Where the bundled rewards, and learning from samples, wait for the device: counted by `test_synchronisation.py`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from rewardgen.rewards.image_processor import ImageProcessor
 from rewardgen.rewards.image_reward import BlipScorer, ImageReward
 from rewardgen.rewards.judging.local import LocalModel
 from rewardgen.rewards.judging.questions import load_question
-from rewardgen.rewards.picture_encoder import PictureEncoder
 from rewardgen.rewards.pickscore import PickScoreReward
+from rewardgen.rewards.picture_encoder import PictureEncoder
 from rewardgen.rewards.vlm_judge_local import LocalVlmJudge
 from rewardgen.rollout import RolloutWorker
 from rewardgen.scoring import ScoringWorker
@@ -76,11 +76,15 @@ REWARDS: dict[str, Callable[[], Reward]] = {
 }
 
 
+WITHIN = {"image_reward": {"rewards/image_reward:forward": 1}}
+"""What transformers waits for: BLIP's text model looks whether any token of the prompts is padding."""
+
+
 @pytest.mark.parametrize("name", REWARDS)
 def test_a_step_waits_for_the_score_alone(name: str, tmp_path: Path) -> None:
     reward = REWARDS[name]().requires_grad_(False).eval()
     seen = step_of(ToyPolicy(), {"reward": reward}, ToyDataset(2), tmp_path)
-    assert own(seen) == END_OF_STEP | score_waits(1)
+    assert own(seen) == END_OF_STEP | score_waits(1) | WITHIN.get(name, {})
 
 
 def test_the_local_judge_waits_only_within_the_model() -> None:
@@ -152,3 +156,49 @@ def test_learning_from_samples_waits_once_more_for_its_metrics(name: str, iterat
     assert report.metrics["policy_gradient/taking_part"] == 1.0
     seen: Counter[str] = Counter(own(waits.seen))
     assert dict(seen) == {"rewardgen/transfer:numbers": 3 * iterations}
+
+
+def test_a_picture_that_is_not_finite_spoils_no_other() -> None:
+    """It is masked without the host's knowing; value, gradient and metric of the others stay, to the last bit."""
+    reward, examples = judge().requires_grad_(False).eval(), ToyDataset(3).examples
+    drawn = torch.rand(3, 3, 20, 16, generator=torch.Generator().manual_seed(0))
+    drawn[1, 0, 3, 4] = torch.inf
+    pixels, alone = drawn.clone().requires_grad_(), drawn[[0, 2]].requires_grad_()
+    score, wanted = reward.score(pixels, examples), reward.score(alone, [examples[0], examples[2]])
+    assert score.valid_B.tolist() == [True, False, True]
+    assert bool(score.value_B[1].isnan())
+    assert torch.equal(score.value_B[[0, 2]], wanted.value_B)
+    assert score_on_host(score).metrics == pytest.approx(dict(score_on_host(wanted).metrics), rel=1e-6)
+    (grad,) = torch.autograd.grad(score.value_B, pixels, grad_outputs=torch.ones(3))
+    (theirs,) = torch.autograd.grad(wanted.value_B, alone, grad_outputs=torch.ones(2))
+    assert torch.equal(grad[[0, 2]], theirs)
+    assert not grad[1].any()
+
+
+def test_numbers_in_place_of_a_mask_choose_the_same_bits() -> None:
+    """Sums and gradients over the samples that take part, as `replay` takes them."""
+    generator = torch.Generator().manual_seed(0)
+    for size in range(1, 70):
+        mask_B = torch.rand(size, generator=generator) > 0.3
+        values = [torch.randn(size, generator=generator).requires_grad_() for _ in range(2)]
+        values[1].data = values[0].data.clone()
+        sums = [values[0][mask_B].sum(), values[1][mask_B.nonzero()[:, 0]].sum()]
+        assert torch.equal(*sums)
+        assert torch.equal(*(torch.autograd.grad(total, value)[0] for total, value in zip(sums, values, strict=True)))
+
+
+def test_metrics_come_over_with_the_scores() -> None:
+    mean = torch.tensor(0.1) / 3
+    score = Score(value_B=torch.ones(2), valid_B=torch.tensor([True, False]), metrics={"a": mean, "b": 0.5})
+    assert score_on_host(score).metrics == {"a": float(mean), "b": 0.5}
+    there = Score(
+        value_B=torch.ones(2, device=META), valid_B=torch.ones(2, device=META).bool(), metrics={"a": mean.to(META)}
+    )
+    with Waits() as waits:
+        found = score_on_host(there)
+    assert waits.seen == {"rewardgen/transfer:score_on_host": 1}
+    assert (found.value_B.tolist(), found.valid_B.tolist(), dict(found.metrics)) == (
+        [1.0, 1.0],
+        [True, True],
+        {"a": 1.0},
+    )
