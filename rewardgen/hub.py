@@ -108,9 +108,9 @@ def _kind(error: BaseException) -> str:
             return "login"
         words += f" {type(found).__name__} {found}".lower()
     patterns = (
-        (r"gated|restricted", "gated"),
+        (r"gated repo|restricted", "gated"),
         (r"unauthorized|\b401\b", "login"),
-        (r"connect|offline|resolve host|name resolution|timed out|timeout|cached", "offline"),
+        (r"'t connect|connection|offline|resolve host|name resolution|timed out|timeout|cached files", "offline"),
         (r"not a valid model identifier|\b404\b", "no repository"),
     )
     return next((kind for pattern, kind in patterns if re.search(pattern, words)), "")

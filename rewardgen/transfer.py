@@ -19,13 +19,14 @@ from rewardgen.types import Score
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """`tensor.to(device, dtype)` without waiting: towards CUDA through pinned memory.
 
-    On the CPU, and within one device, it is `tensor.to`.
+    On the CPU, within one device, and for what carries a gradient, it is `tensor.to`.
     """
     tensor = tensor.to(dtype=dtype or tensor.dtype)
     if tensor.device == device or tensor.device.type != "cpu":
         return tensor.to(device)
-    # Pinned memory is given back only when the copy is done: torch's allocator sees to that.
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    # Pinned memory is given back only when the copy is done: torch's allocator sees to that. Pinning has no gradient.
+    pinned = device.type == "cuda" and not tensor.requires_grad
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
 def numbers(scalars: Sequence[Tensor]) -> list[float]:
