@@ -128,7 +128,7 @@ def test_labels_reach_a_judge_and_columns_a_reward_function(rows: Any) -> None:
     question = load_question("style")
     assert [label_of(question, data[index]) for index in (0, 2)] == ["yes", "no"]
 
-    def stars(prompts: list[str], stars: list[int]) -> list[float]:
+    def stars(completions: list[Image.Image], stars: list[int]) -> list[float]:
         return [number / 10 for number in stars]
 
     reward = function_reward(stars)()
