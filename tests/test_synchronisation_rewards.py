@@ -102,7 +102,6 @@ def test_the_local_judge_waits_only_within_the_model() -> None:
         score_on_host(score)
         assert waits.seen == {"rewardgen/transfer:score_on_host": 1}
     assert within % len(examples) == 0
-    print(within)
 
 
 class Opinions(Reward):
