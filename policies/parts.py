@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rewardgen import hub
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.policies import official
 from rewardgen.policies.encodings import fingerprint
@@ -212,11 +213,7 @@ def _remedy(source: str, place: str, error: Exception) -> str:
         return f"; the weights in {place} are not those of its config.json: fetch both again"
     if Path(source).exists():
         return ""
-    if re.search(r"gated|restricted|unauthorized|\b40[13]\b", text):
-        return f"; accept its licence at https://huggingface.co/{source}, then log in with `hf auth login`"
-    if re.search(r"connect|offline|resolve|timed out|cached", text):
-        return f"; where the hub is reached, `hf download {source} --local-dir FOLDER`, then name the folder here"
-    return "; it is neither a folder here nor a repository on the hub that this account can see"
+    return f"; {hub.remedy(source, error) or 'it is neither a folder here nor a repository that this account can see'}"
 
 
 def _load(kind: Any, source: str, subfolder: str, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rewardgen import hub
 from rewardgen.errors import CheckpointError
 
 
@@ -37,7 +38,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def resolve_file(source: str) -> Path:
-    """A local path, or `owner/repository:path/in/it` on the Hugging Face hub, as a local path.
+    """A local path, or `owner/repository:path/in/it` on the Hugging Face hub (`hub.fetch`), as a local path.
 
     Raises:
         CheckpointError: neither of the two can be found.
@@ -47,25 +48,9 @@ def resolve_file(source: str) -> Path:
             return Path(source)
     except OSError as error:
         raise CheckpointError(f"{source[:80]}: no path that can be: {error.strerror}") from None
-    repository, colon, inside = source.partition(":")
-    if not colon or not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if hub.split(source) is None:
         raise CheckpointError(f"{source}: no such file (on the hub write 'owner/repository:path/in/it')")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, inside))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{source}: the repository is gated: accept its licence at https://huggingface.co/{repository}, then log in"
-            " with `hf auth login`"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{source}: cannot be had from the hub ({reason}); where the hub is reached, `hf download {repository}"
-            f" {inside}`, then name the file here"
-        ) from error
+    return hub.fetch(source)
 
 
 def count(tensors: Mapping[str, Tensor], pattern: str) -> int:

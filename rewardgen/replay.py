@@ -29,6 +29,7 @@ from rewardgen.measure import Clock
 from rewardgen.policy_gradient import POLICY_GRADIENT, GrpoConfig, NftConfig, clipped_loss, nft_loss
 from rewardgen.seeds import derive_seed
 from rewardgen.terms import Differentiated, VelocityOf
+from rewardgen.transfer import numbers, score_on_host, to_device
 from rewardgen.types import Rollout, Score, StepReport
 
 ValueOf = Callable[[Mapping[str, Score], Sequence[int]], Score]
@@ -46,12 +47,15 @@ class Replay(ABC):
     def __init__(self, rollout: Rollout, advantages: Advantages) -> None:
         self.rollout = rollout
         self.device = rollout.trajectory.entry_BLC.device
-        self.advantage_B = advantages.value_N.to(self.device)
-        self.taking_part_B = advantages.taking_part_N.to(self.device)
+        self.advantage_B = to_device(advantages.value_N, self.device)
+        # Which samples take part is known on the CPU: a mask on the device would make the host wait for their number.
+        taking_part_M = advantages.taking_part_N.cpu().nonzero()[:, 0]
+        self.count = len(taking_part_M)
+        self.taking_part_M = to_device(taking_part_M, self.device)
         self.base: list[Tensor] = []
         """The base policy's velocity at each place, once it was asked for."""
-        self.seen: defaultdict[str, float] = defaultdict(float)
-        """Sums over the samples taking part and the places since it was last cleared."""
+        self.seen: defaultdict[str, list[Tensor]] = defaultdict(list)
+        """Sums over the samples taking part, at each place since it was last cleared; they stay on the device."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -67,7 +71,7 @@ class Replay(ABC):
 
     def note(self, name: str, value_B: Tensor) -> None:
         """Add to `seen` what a metric is for the samples that take part."""
-        self.seen[name] += float(value_B.detach()[self.taking_part_B].sum())
+        self.seen[name].append(value_B.detach()[self.taking_part_M].sum())
 
 
 class GrpoReplay(Replay):
@@ -85,6 +89,7 @@ class GrpoReplay(Replay):
         self.config = config
         self.steps = trajectory.stochastic.steps
         self.states_SBLC, self.old_BS = trajectory.steps_SBLC, trajectory.log_prob_BS
+        self.times_T = to_device(trajectory.sigmas_T, self.device)
         self.kernels = [kernel(trajectory.sigmas_T, step, trajectory.stochastic) for step in self.steps]
 
     def __len__(self) -> int:
@@ -92,8 +97,7 @@ class GrpoReplay(Replay):
 
     def place(self, index: int) -> tuple[Tensor, Tensor]:
         x_BLC = self.states_SBLC[index]
-        times_T = self.rollout.trajectory.sigmas_T.to(self.device)
-        return x_BLC, times_T[self.steps[index]].expand(len(x_BLC))
+        return x_BLC, self.times_T[self.steps[index]].expand(len(x_BLC))
 
     def loss(self, index: int, v_BLC: Tensor) -> tuple[Tensor, Tensor]:
         before_BLC, after_BLC = self.states_SBLC[index], self.states_SBLC[index + 1]
@@ -173,13 +177,13 @@ def replays_of(
         grid: the flow-matching loss's times.
     """
     group_N = [group for rollout in samples for group in rollout.group_B]
-    scores = {
-        name: Score(
-            value_B=torch.cat([rollout.scores[name].value_B for rollout in samples]),
-            valid_B=torch.cat([rollout.scores[name].valid_B for rollout in samples]),
+    scores = {}
+    for name in samples[0].scores:
+        said_by = [rollout.scores[name] for rollout in samples]
+        together = Score(
+            value_B=torch.cat([one.value_B for one in said_by]), valid_B=torch.cat([one.valid_B for one in said_by])
         )
-        for name in samples[0].scores
-    }
+        scores[name] = score_on_host(together)  # waits once for each reward: who takes part is decided here
     total = value(scores, group_N)
     everyone = None
     if config.scale_rewards == "batch":
@@ -240,27 +244,29 @@ class Replayer:
         """Add loss, number of samples taking part, and gradient of some replays to a step's sums."""
         sums.add(POLICY_GRADIENT, torch.zeros(()), 0)
         for replay in self._played(replays):
-            count = int(replay.taking_part_B.sum())
-            replay.seen = defaultdict(float, samples=float(count * len(replay)))
+            replay.seen.clear()
             make = velocity_of(replay.rollout.examples)
             for index in range(len(replay)):
                 with torch.enable_grad(), clock.phase("replay"):
                     loss_B, divergence_B = replay.loss(index, make()(*replay.place(index)))
                     replay.note("kl", divergence_B)
-                    chosen_B = (loss_B + self.config.beta * divergence_B)[replay.taking_part_B]
-                    total = chosen_B.sum() / len(replay)
-                sums.add(POLICY_GRADIENT, total, count if index == 0 else 0)
+                    chosen_M = (loss_B + self.config.beta * divergence_B)[replay.taking_part_M]
+                    total = chosen_M.sum() / len(replay)
+                sums.add(POLICY_GRADIENT, total, replay.count if index == 0 else 0)
                 with clock.phase("backward"):
                     sums.add_gradient(POLICY_GRADIENT, self.model.gradient(total))
 
     def metrics(self, replays: Sequence[Replay]) -> dict[str, float]:
         """Means over the samples that took part in the latest update, of all processes, and the share that did."""
         seen: defaultdict[str, float] = defaultdict(float)
+        noted = [(replay, name) for replay in replays for name in replay.seen]
+        values = iter(numbers([value for replay, name in noted for value in replay.seen[name]]))
+        for replay, name in noted:
+            seen[name] += sum(islice(values, len(replay.seen[name])))
         for replay in replays:
             seen["drawn"] += len(replay.rollout.group_B)
-            for name, value in replay.seen.items():
-                seen[name] += value
-            seen["taking_part"] += float(replay.taking_part_B.sum())
+            seen["taking_part"] += replay.count
+            seen["samples"] += replay.count * len(replay) if replay.seen else 0
         said = self.model.processes.exchange("what the samples were worth", dict(seen))
         total = {name: sum(other.get(name, 0.0) for other in said) for name in sorted({*chain(*said)})}
         share = total.pop("taking_part") / max(1.0, total.pop("drawn"))
@@ -269,7 +275,7 @@ class Replayer:
         return {f"{POLICY_GRADIENT}/{name}": value for name, value in {"taking_part": share, **means}.items()}
 
     def _played(self, replays: Sequence[Replay]) -> Iterator[Replay]:
-        return (replay for replay in replays if self.model.sharded or bool(replay.taking_part_B.any()))
+        return (replay for replay in replays if self.model.sharded or replay.count)
 
 
 def merged(reports: Sequence[StepReport], seconds: Mapping[str, float]) -> StepReport:

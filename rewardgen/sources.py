@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rewardgen import hub
 from rewardgen.errors import CheckpointError, ConfigError, nearest
-from rewardgen.manifest import blot, is_secret
+from rewardgen.manifest import is_secret
 from rewardgen.strict_yaml import show
 
 ASSETS = Path(__file__).resolve().parent / "world" / "assets"
@@ -62,7 +63,7 @@ def materialise(args: Any, path: str, *, fetch: bool = True) -> Any:
 
     Raises:
         ConfigError: a bundled asset does not exist.
-        CheckpointError: a hub file cannot be had.
+        CheckpointError: a hub file cannot be had; says where it is named, and what `hub.fetch` says.
     """
     if isinstance(args, Mapping):
         kept = {key: value for key, value in args.items() if is_secret(str(key)) or key in _NOT_READ}
@@ -76,7 +77,7 @@ def materialise(args: Any, path: str, *, fetch: bool = True) -> Any:
     if source is None or source.kind in ("local", "hub repository"):
         return args
     if source.kind == "hub file" and source.location is None:
-        return str(_download(source)) if fetch else args
+        return str(_fetch(source)) if fetch else args
     require(source)
     return str(source.location)
 
@@ -101,11 +102,11 @@ def _find(text: str, path: str) -> Source | None:
         place = _at_home(text)
         return Source(path=path, text=text, kind="local", location=place if _exists(place) else None)
     if match := _HUB_FILE.fullmatch(text):
-        return Source(path=path, text=text, kind="hub file", location=_cached(match["repo"], match["file"]))
+        return Source(path=path, text=text, kind="hub file", location=hub.cached(match["repo"], match["file"]))
     if _HUB_REPO.fullmatch(text):
         if _exists(Path(text)):
             return Source(path=path, text=text, kind="local", location=Path(text))
-        here = _cached(text, "model_index.json") or _cached(text, "config.json")
+        here = hub.cached(text, "model_index.json") or hub.cached(text, "config.json")
         return Source(path=path, text=text, kind="hub repository", location=here.parent if here else None)
     return None
 
@@ -124,24 +125,8 @@ def _exists(place: Path) -> bool:
         return False
 
 
-def _cached(repo: str, file: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
+def _fetch(source: Source) -> Path:
     try:
-        found = try_to_load_from_cache(repo, file)
-    except HFValidationError:  # not a name that a repository can have
-        return None
-    return Path(found) if isinstance(found, str) else None
-
-
-def _download(source: Source) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo, _, file = source.text.partition(":")
-    try:
-        return Path(hf_hub_download(repo, file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = blot((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise CheckpointError(f"{source.path}: '{source.text}' could not be fetched: {reason}") from error
+        return hub.fetch(source.text)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error

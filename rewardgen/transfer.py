@@ -19,13 +19,14 @@ from rewardgen.types import Score
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """`tensor.to(device, dtype)` without waiting: towards CUDA through pinned memory.
 
-    On the CPU, and within one device, it is `tensor.to`.
+    On the CPU, within one device, and for what carries a gradient, it is `tensor.to`.
     """
     tensor = tensor.to(dtype=dtype or tensor.dtype)
     if tensor.device == device or tensor.device.type != "cpu":
         return tensor.to(device)
-    # Pinned memory is given back only when the copy is done: torch's allocator sees to that.
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    # Pinned memory is given back only when the copy is done: torch's allocator sees to that. Pinning has no gradient.
+    pinned = device.type == "cuda" and not tensor.requires_grad
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
 def numbers(scalars: Sequence[Tensor]) -> list[float]:
@@ -43,9 +44,14 @@ def numbers(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def score_on_host(score: Score) -> Score:
-    """A score's values and flags on the CPU, detached; waits once where they lie elsewhere."""
+    """A score's values, flags and metrics on the CPU, detached; waits once where the values lie elsewhere."""
     value_B, valid_B = score.value_B.detach(), score.valid_B
+    told = {name: value.detach() for name, value in score.metrics.items() if isinstance(value, Tensor)}
     if value_B.device.type != "cpu":
-        both_2B = torch.stack([value_B.double(), valid_B.to(value_B.device).double()]).cpu()
-        value_B, valid_B = both_2B[0].to(value_B.dtype), both_2B[1].bool()
-    return dataclasses.replace(score, value_B=value_B, valid_B=valid_B.cpu())
+        there, size = value_B.device, len(value_B)
+        parts = [value_B, valid_B.to(there), *(value.to(there).reshape(1) for value in told.values())]
+        fetched = torch.cat([part.double() for part in parts]).cpu()
+        value_B, valid_B = fetched[:size].to(value_B.dtype), fetched[size : 2 * size].bool()
+        told = dict(zip(told, fetched[2 * size :], strict=True))
+    metrics = {**score.metrics, **{name: float(value) for name, value in told.items()}}
+    return dataclasses.replace(score, value_B=value_B, valid_B=valid_B.cpu(), metrics=metrics)

@@ -108,13 +108,13 @@ class Score:
         value_B: float [B]; the value where `valid_B` is False carries no meaning and is never used.
         valid_B: bool [B]; False is "not applicable or failed": masked and counted, never 0.
         metrics: extra scalars worth logging, means over the valid examples: over several batches they are averaged by
-            the number of these.
+            the number of these. A scalar tensor stays on its device until the values are read.
         counts: extra numbers worth logging that add up over batches, such as failures by kind.
     """
 
     value_B: Tensor
     valid_B: Tensor
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -16,6 +16,7 @@ from rewardgen.rewards.cache import TensorCache
 from rewardgen.rewards.image_processor import load_image_processor
 from rewardgen.rewards.loading import load_model, load_pretrained
 from rewardgen.rewards.picture_encoder import PictureEncoder
+from rewardgen.transfer import to_device
 from rewardgen.types import Example, Score
 
 if TYPE_CHECKING:
@@ -60,10 +61,9 @@ class ClipEncoder(nn.Module):
         return cls(load_model(CLIPModel, model), load_pretrained(AutoTokenizer, place), load_image_processor(place))
 
     @property
-    def temperature(self) -> float:
-        """What CLIP multiplies cosines with, about 100 in the releases."""
-        scale: Tensor = self.logit_scale  # type: ignore[assignment]
-        return float(scale.detach().exp())
+    def temperature(self) -> Tensor:
+        """What CLIP multiplies cosines with, about 100 in the releases; a scalar on the model's device."""
+        return self.get_buffer("logit_scale").exp()
 
     def embed_text(self, text: str) -> Tensor:
         """The embedding [D] of a text, of unit length, without gradient; computed once for each text."""
@@ -72,7 +72,7 @@ class ClipEncoder(nn.Module):
         def encode() -> Tensor:
             tokens = self.tokenizer(text, truncation=True, max_length=self._max_tokens, return_tensors="pt")
             with torch.autocast(like.device.type, enabled=False):
-                found_1D: Tensor = self.texts(tokens["input_ids"].to(like.device))
+                found_1D: Tensor = self.texts(to_device(tokens["input_ids"], like.device))
             return F.normalize(found_1D[0].float(), dim=-1)
 
         return self._cache.get((text, like.dtype, like.device), encode)
@@ -88,7 +88,7 @@ class ClipEncoder(nn.Module):
                 for example, says in zip(examples, says_something, strict=True)
             ]
         )
-        valid_B = torch.tensor(says_something, device=drawn_BD.device)
+        valid_B = to_device(torch.tensor(says_something), drawn_BD.device)
         return Score(value_B=(drawn_BD * wanted_BD).sum(-1), valid_B=valid_B)
 
 

@@ -15,6 +15,7 @@ from rewardgen.reward import Reward
 from rewardgen.rewards.heads import linear_head
 from rewardgen.rewards.image_processor import ImageProcessor
 from rewardgen.rewards.loading import load_pretrained, model_from, read_tensors, size_of
+from rewardgen.transfer import to_device
 from rewardgen.types import Example, Score
 
 if TYPE_CHECKING:
@@ -86,9 +87,10 @@ class ImageReward(Reward):
         )
         with torch.autocast(like.device.type, enabled=False):
             images = self.processor(pixels_B3HW.to(like.device)).to(like.dtype)
-            raw_B = self.model(images, tokens["input_ids"].to(like.device), tokens["attention_mask"].to(like.device))
+            ids_BT, mask_BT = (to_device(tokens[name], like.device) for name in ("input_ids", "attention_mask"))
+            raw_B = self.model(images, ids_BT, mask_BT)
         value_B = (raw_B.to(torch.promote_types(raw_B.dtype, torch.float32)) - MEAN) / STD
-        return Score(value_B=value_B, valid_B=torch.tensor(says_something, device=value_B.device))
+        return Score(value_B=value_B, valid_B=to_device(torch.tensor(says_something), value_B.device))
 
 
 class BlipScorer(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rewardgen import hub
 from rewardgen.errors import CheckpointError
 
 
@@ -142,7 +143,10 @@ def load_pretrained(kind: Any, source: str, **options: Any) -> Any:
         return kind.from_pretrained(place if there else source, **options)
     except Exception as error:  # of JSON, of tensors, of pickles, of the network: there is no common one
         reason = _why(error) or f": {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        raise CheckpointError(f"{source}: cannot load a {kind.__name__} from it{reason}") from error
+        advice = "" if there else hub.remedy(source, error)
+        raise CheckpointError(
+            f"{source}: cannot load a {kind.__name__} from it{reason}{advice and '; ' + advice}"
+        ) from error
 
 
 def load_model(kind: Any, source: str, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewardgen.rewards.cache import TensorCache, digest
+from rewardgen.transfer import to_device
 from rewardgen.types import Example, Score
 
 References: TypeAlias = Literal["content", "style", "identity", "target"]
@@ -39,7 +40,7 @@ class PictureEncoder(nn.Module):
         like = next(self.network.parameters())
         # A reward differs between pictures in its third digit; autocast's bfloat16 would drown that.
         with torch.autocast(like.device.type, enabled=False):
-            found_BD: Tensor = self.network(self.processor(pixels_B3HW.to(like.device)).to(like.dtype))
+            found_BD: Tensor = self.network(self.processor(to_device(pixels_B3HW, like.device)).to(like.dtype))
         return found_BD.to(torch.promote_types(found_BD.dtype, torch.float32))
 
     def embed(self, pixels_B3HW: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class PictureEncoder(nn.Module):
                 for pictures in references
             ]
         )
-        valid_B = torch.tensor([bool(pictures) for pictures in references], device=drawn_BD.device)
+        valid_B = to_device(torch.tensor([bool(pictures) for pictures in references]), drawn_BD.device)
         return Score(value_B=(drawn_BD * wanted_BD).sum(-1), valid_B=valid_B)
 
 

@@ -77,15 +77,19 @@ class LocalVlmJudge(Reward):
         return agreement(self.judge, examples)
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
-        values, masses = [], []
-        for pixels_3HW, example in zip(pixels_B3HW, examples, strict=True):
+        values, masses, judged = [], [], []
+        # One that is not finite is judged as black and masked: whether it is finite only the device knows by now.
+        finite_B = pixels_B3HW.detach().isfinite().flatten(1).all(1)
+        shown_B3HW = pixels_B3HW.where(finite_B[:, None, None, None], 0.0)
+        for pixels_3HW, finite, example in zip(shown_B3HW, finite_B, examples, strict=True):
             parts = self.judge.question.put(pixels_3HW, example)
-            if parts is None or not bool(pixels_3HW.isfinite().all()):
+            if parts is None:
                 values.append(torch.full((), math.nan, device=pixels_B3HW.device))
                 continue
             value, mass = self.judge(parts)
-            values.append(value.to(pixels_B3HW.device))
-            masses.append(mass.detach())
+            values.append(value.to(pixels_B3HW.device).where(finite, math.nan))
+            masses.append(mass.detach().to(pixels_B3HW.device).where(finite, 0.0))
+            judged.append(finite)
         value_B = torch.stack(values)
-        metrics = {"answer_mass": float(torch.stack(masses).mean())} if masses else {}
+        metrics = {"answer_mass": torch.stack(masses).sum() / torch.stack(judged).sum()} if masses else {}
         return Score(value_B=value_B, valid_B=value_B.detach().isfinite(), metrics=metrics)

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from rewardgen import sources
+from rewardgen.config import load_experiment
 from rewardgen.errors import CheckpointError
 from rewardgen.policies.conditions import UsoCondition
 from rewardgen.policies.encodings import EncodingStore, content_hash, fingerprint
 from rewardgen.policies.uso import UsoPolicy
 from rewardgen.types import Example
 from tests.test_uso_policy import EXAMPLES, SIZE, make_policy, make_tokenizer, picture
+
+EXPERIMENTS = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,12 @@ def test_the_folder_is_no_source() -> None:
     args = {"encodings": "encodings/uso", "lora": "owner/name:file.safetensors"}
     assert [source.text for source in sources.find_sources(args, "policy.args")] == ["owner/name:file.safetensors"]
     assert sources.materialise(args, "policy.args", fetch=False) == args
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_full_scale_flavor_keeps_its_encoders_on_disk(path: Path) -> None:
+    """T5-XXL alone has 9.5 GB beside a DiT of 24 GB."""
+    assert load_experiment(path, "flux-dev").policy.args["encodings"]
 
 
 def test_a_prompt_nobody_encoded_is_named() -> None:

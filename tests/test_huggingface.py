@@ -14,6 +14,9 @@ from PIL import Image
 from rewardgen.data.huggingface import HuggingFaceDataset
 from rewardgen.data.images import ImageError
 from rewardgen.data.jsonl import DatasetError
+from rewardgen.reward_function import function_reward
+from rewardgen.rewards.judging.fit import label_of
+from rewardgen.rewards.judging.questions import load_question
 
 
 def colour(value: int) -> Image.Image:
@@ -79,6 +82,58 @@ def test_local_folders(rows: Any, tmp_path: Path) -> None:
     found = HuggingFaceDataset(str(tmp_path / "parquet"), limit=3)
     check(found)
     assert len(found) == 3
+
+
+def test_the_other_columns_are_extras() -> None:
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "target": datasets.Image(),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "stars": datasets.Value("float32"),
+            "tags": datasets.List(datasets.Value("string")),
+            "mask": datasets.Image(),
+            "views": datasets.List(datasets.Image()),
+            "extras": {"artist": datasets.Value("string")},
+        }
+    )
+    rows = datasets.Dataset.from_dict(
+        {
+            "prompt": ["a", "b", "c"],
+            "target": [colour(1), colour(2), colour(3)],
+            "label": [1, 0, -1],
+            "stars": [0.5, None, 2.0],
+            "tags": [["x", "y"], [], None],
+            "mask": [colour(1)] * 3,
+            "views": [[colour(1)]] * 3,
+            "extras": [{"artist": "me"}, {"artist": None}, None],
+        },
+        features=features,
+    )
+    data = HuggingFaceDataset.from_dataset(rows)
+    assert data[0].extras == {"label": "yes", "stars": 0.5, "tags": ["x", "y"], "artist": "me"}
+    assert data[1].extras == {"label": "no", "stars": None, "tags": [], "artist": None}
+    assert data[2].extras["label"] is None
+    assert HuggingFaceDataset.from_dataset(rows, extras=["stars"])[0].extras == {"stars": 0.5}
+    assert HuggingFaceDataset.from_dataset(rows, extras=[])[0].extras == {}
+    with pytest.raises(DatasetError, match=r"extras: the column 'starz' is not there\. Did you mean 'stars'"):
+        HuggingFaceDataset.from_dataset(rows, extras=["starz"])
+    with pytest.raises(DatasetError, match="extras: the column 'prompt' is another field's"):
+        HuggingFaceDataset.from_dataset(rows, extras=["prompt"])
+
+
+def test_labels_reach_a_judge_and_columns_a_reward_function(rows: Any) -> None:
+    labelled = rows.add_column("label", ["yes", "yes", "no"])
+    data = HuggingFaceDataset.from_dataset(labelled)
+    question = load_question("style")
+    assert [label_of(question, data[index]) for index in (0, 2)] == ["yes", "no"]
+
+    def stars(completions: list[Image.Image], stars: list[int]) -> list[float]:
+        return [number / 10 for number in stars]
+
+    reward = function_reward(stars)()
+    score = reward.score(torch.zeros(3, 3, 4, 4), [data[index] for index in range(3)])
+    torch.testing.assert_close(score.value_B, torch.tensor([0.1, 0.2, 0.3]))
 
 
 def test_faults_are_told_in_one_line(rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

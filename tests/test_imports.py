@@ -27,6 +27,7 @@ RANKS = {
     "rewardgen.distributed": 1,
     "rewardgen.dry_run": 2,
     "rewardgen.flow": 1,
+    "rewardgen.hub": 1,
     "rewardgen.interrupt": 1,
     "rewardgen.manifest": 1,
     "rewardgen.measure": 1,
@@ -74,7 +75,7 @@ RANKS = {
     "rewardgen.cli": 7,
     "rewardgen.__main__": 8,
 }
-FOUNDATION = {"rewardgen", "rewardgen.types", "rewardgen.errors", "rewardgen.settings", "rewardgen.transfer"}
+FOUNDATION = {"rewardgen"} | {f"rewardgen.{name}" for name in ("errors", "hub", "settings", "transfer", "types")}
 CONTRACT = {"rewardgen.rewards": "rewardgen.reward", "rewardgen.policies": "rewardgen.policy"}
 
 

@@ -272,10 +272,15 @@ def test_the_counter_counts() -> None:
 def test_copies_towards_cuda_go_through_pinned_memory() -> None:
     cuda = torch.device("cuda", 0)
     tensor = mock.MagicMock(spec=Tensor)
-    tensor.dtype, tensor.device = torch.float32, torch.device("cpu")
+    tensor.dtype, tensor.device, tensor.requires_grad = torch.float32, torch.device("cpu"), False
     tensor.to.return_value = tensor
     to_device(tensor, cuda)
     tensor.pin_memory.return_value.to.assert_called_once_with(cuda, non_blocking=True)
+    learned = mock.MagicMock(spec=Tensor)
+    learned.dtype, learned.device, learned.requires_grad = torch.float32, torch.device("cpu"), True
+    learned.to.return_value = learned
+    to_device(learned, cuda)
+    learned.pin_memory.assert_not_called()
     there = mock.MagicMock(spec=Tensor)
     there.dtype, there.device = torch.float32, cuda
     there.to.return_value = there

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from rewardgen.errors import UserError
@@ -22,6 +26,10 @@ KINDS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF", "PPM", "JP
 """What is read, as Pillow calls it; HEIF where a plug-in of Pillow has been registered. Pillow knows more kinds, but
 some of those run a program (PostScript), and some take any bytes for a picture."""
 
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+_PNG_TELLS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+"""Chunks that may say how the camera was held."""
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _SIXTEEN_BIT = {"I", "I;16", "I;16L", "I;16B", "I;16N"}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,9 +68,19 @@ def decode_image(content: bytes, name: str) -> Tensor:
 
 
 def picture_size(file: BinaryIO, name: str) -> tuple[int, int]:
-    """(height, width) of a picture as `load_image` gives it, from the head of its file. Raises ImageError."""
-    with _told(name), Image.open(file, formats=_readable()) as picture:
+    """(height, width) of a picture as `load_image` gives it, read from its head. Nothing is decoded. Raises ImageError.
+
+    Of a PNG the chunks of pixels are passed over, for what turns a picture may stand behind them. Pillow takes WebP and
+    AVIF whole, undecoded.
+
+    Args:
+        file: at the picture's beginning; it can be sought in. Unbuffered, no more is read than is needed.
+        name: stands for the path in messages.
+    """
+    with _told(name), Image.open(_without_pixels(file), formats=_readable()) as picture:
         width, height = picture.size
+        if isinstance(picture, TiffImageFile):  # Pillow says the turned size, or not: that depends on its version
+            width, height = int(picture.tag_v2[_TIFF_WIDTH]), int(picture.tag_v2[_TIFF_HEIGHT])
         return (width, height) if _orientation(picture) >= 5 else (height, width)
 
 
@@ -119,10 +137,35 @@ def _readable() -> list[str]:
     return [kind for kind in KINDS if kind in Image.OPEN]
 
 
+def _without_pixels(file: BinaryIO) -> BinaryIO:
+    """A PNG with all that `load_image` takes from it but the pixels; any other file is returned as it is.
+
+    Asked for EXIF data, Pillow would decode a PNG to see what stands behind its pixels.
+    """
+    if file.read(len(_PNG)) != _PNG:
+        file.seek(0)
+        return file
+    kept, pixels = [_PNG], False
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND" or (kind == b"fcTL" and pixels):  # the end, of the picture or of its first frame
+            break
+        pixels |= kind in (b"IDAT", b"fdAT")
+        if kind in (b"IDAT", b"fdAT", b"fcTL", b"acTL"):
+            file.seek(length + 4, io.SEEK_CUR)
+            continue
+        content = file.read(length + 4)  # its checksum too
+        if not pixels or (kind in _PNG_TELLS and zlib.crc32(kind + content[:-4]) == int.from_bytes(content[-4:])):
+            kept.append(head + content)
+    return io.BytesIO(b"".join([*kept, _PNG_END]))
+
+
 def _orientation(picture: Image.Image) -> int:
     """EXIF's number for how the camera was held, 1 where it says nothing that counts."""
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+        # A PNG's own method decodes it first. What that would find, `_without_pixels` or decoding has brought.
+        exif = Image.Image.getexif(picture) if isinstance(picture, PngImageFile) else picture.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation)
     except Exception:  # as above; the pixels are whole, and viewers show such a picture too
         orientation = None
     return orientation if orientation in _UPRIGHT else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 from rewardgen.data.images import ImageError, load_image, picture_size
 from rewardgen.errors import UserError, nearest
@@ -70,8 +70,8 @@ class JsonlDataset:
         if target is None:
             return None
         try:
-            with target.open("rb") as file:
-                return picture_size(file, str(target))
+            with target.open("rb", buffering=0) as file:
+                return picture_size(cast(BinaryIO, file), str(target))
         except OSError as error:
             raise ImageError(f"{target}: cannot be read: {(error.strerror or str(error)).lower()}") from None
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 from rewardgen.data.images import ImageError, decode_image, picture_size
 from rewardgen.data.jsonl import DatasetError
@@ -101,7 +103,50 @@ class ShardDataset:
         piece = self._entries[index][1].target
         if piece is None:
             return None
-        return picture_size(io.BytesIO(_bytes(piece)), f"{piece.shard}: {piece.name}")
+        try:
+            with piece.shard.open("rb", buffering=0) as file:
+                return picture_size(cast(BinaryIO, _Member(file, piece)), f"{piece.shard}: {piece.name}")
+        except OSError as error:
+            raise ImageError(f"{piece.shard}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+
+
+class _Member(io.RawIOBase):
+    """A member of an open shard as a file of its own, of which only what is asked for is read.
+
+    Raises:
+        ImageError: the shard ends before the member does.
+    """
+
+    def __init__(self, file: RawIOBase, piece: _Piece) -> None:
+        if os.fstat(file.fileno()).st_size < piece.offset + piece.size:
+            raise ImageError(_cut_off(piece))
+        self._file, self._piece, self._at = file, piece, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move to a place in the member, or beyond its end."""
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._piece.size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read what is left of the member, at most as much as the buffer holds."""
+        wanted = min(len(buffer), max(0, self._piece.size - self._at))
+        self._file.seek(self._piece.offset + self._at)
+        content = self._file.read(wanted) or b""
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def _cut_off(piece: _Piece) -> str:
+    return f"{piece.shard}: '{show(piece.name)}' is cut off"
 
 
 def _shards(path: str) -> Iterator[Path]:
@@ -169,7 +214,7 @@ def _bytes(piece: _Piece) -> bytes:
     except OSError as error:
         raise ImageError(f"{piece.shard}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     if len(content) < piece.size:
-        raise ImageError(f"{piece.shard}: '{show(piece.name)}' is cut off")
+        raise ImageError(_cut_off(piece))
     return content
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rewardgen import hub
 from rewardgen.errors import CheckpointError, ConfigError
+from rewardgen.rewards.cache import TensorCache
 from rewardgen.rewards.judging.pictures import to_pil
 from rewardgen.rewards.judging.preprocess import Preprocess
 from rewardgen.rewards.judging.questions import Part, Question
+from rewardgen.transfer import to_device
 
 _KEPT_TEXTS = 1024
 
@@ -47,7 +51,10 @@ def load_model(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"model: '{model}' is no image-text model that can be read: {said}") from error
+        advice = "" if Path(model).exists() else hub.remedy(model, error)
+        raise CheckpointError(
+            f"model: '{model}' is no image-text model that can be read: {said}{advice and '; ' + advice}"
+        ) from error
     return weights, processor
 
 
@@ -125,6 +132,7 @@ class LocalModel(nn.Module):
             # Its name changed within transformers 5.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        self._kept = TensorCache()
         self._texts: OrderedDict[tuple[str, tuple[tuple[int, int], ...]], dict[str, Tensor]] = OrderedDict()
         self.eval()
 
@@ -145,17 +153,27 @@ class LocalModel(nn.Module):
         """
         pictures = [part for part in parts if isinstance(part, Tensor)]
         weight = self.model.get_input_embeddings().weight
-        seen = [self.preprocess(picture.to(weight.device), round_8bit=self.round_8bit) for picture in pictures]
-        inputs = {name: tensor.to(weight.device) for name, tensor in self.text_inputs(parts).items()}
+        seen = [self.preprocess(to_device(picture, weight.device), round_8bit=self.round_8bit) for picture in pictures]
+        inputs = {name: to_device(tensor, weight.device) for name, tensor in self.text_inputs(parts).items()}
         # A reward differs between pictures in its third digit; autocast's bfloat16 would drown that.
         with torch.autocast(weight.device.type, enabled=False):
             pixels = self.preprocess.batch(seen).to(weight.dtype)
             logits = self.model(**inputs, pixel_values=pixels, use_cache=False, logits_to_keep=1).logits[0, -1]
         logits_V = logits if logits.dtype == torch.float64 else logits.float()
         log_p_V = logits_V.log_softmax(-1)
-        log_mass_A = torch.stack([log_p_V[tokens].logsumexp(0) for tokens in self.tokens.values()])
-        worth_A = log_mass_A.new_tensor(list(self.question.values.values()))
+        log_mass_A = torch.stack([log_p_V[tokens].logsumexp(0) for tokens in self._tokens_on(weight.device)])
+        worth_A = self._kept.get(
+            (log_mass_A.dtype, weight.device),
+            lambda: to_device(torch.tensor(list(self.question.values.values()), dtype=log_mass_A.dtype), weight.device),
+        )
         return (log_mass_A.softmax(0) * worth_A).sum(), log_mass_A.logsumexp(0).exp()
+
+    def _tokens_on(self, device: torch.device) -> list[Tensor]:
+        """The numbers of each answer's tokens there. Kept: a list as an index is a copy that the host waits for."""
+        return [
+            self._kept.get((answer, device), partial(to_device, torch.tensor(tokens), device))
+            for answer, tokens in self.tokens.items()
+        ]
 
     def text_inputs(self, parts: Sequence[Part]) -> dict[str, Tensor]:
         """All but the pixels, [1, tokens], as the processor makes them; they depend on the pictures' sizes alone."""
