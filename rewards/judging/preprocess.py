@@ -139,7 +139,8 @@ class Preprocess:
         with torch.autocast(pixels.device.type, enabled=False):
             pixels = clamp_straight_through(pixels)
             if self.long_side is not None:
-                pixels = self._resize(pixels, *_by_long_side(*pixels.shape[-2:], self.long_side), round_8bit)
+                height, width = _by_long_side(pixels.shape[-2], pixels.shape[-1], self.long_side)
+                pixels = self._resize(pixels, height, width, round_8bit)
             height, width = self._resized(*pixels.shape[-2:])
             pixels = self._resize(pixels, height, width, round_8bit)
             if self.crop:
@@ -172,9 +173,9 @@ class Preprocess:
 
     def _resize(self, pixels_3HW: Tensor, height: int, width: int, round_8bit: bool) -> Tensor:
         first = round_8bit and _height_first(*pixels_3HW.shape[-2:], height, width, self.kernel)
-        (resized,) = resize(
+        resized: Tensor = resize(
             pixels_3HW[None], height, width, kernel=self.kernel, round_8bit=round_8bit, height_first=first
-        )
+        )[0]
         return resized
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
