@@ -26,7 +26,7 @@ from rewardgen.evaluation.monitor import DriftError, without_statistics
 from rewardgen.evaluation.score import target_scores
 from rewardgen.fleet.inline import InlinePool
 from rewardgen.fleet.pool import Pool
-from rewardgen.held_out import evaluate_held_out, open_monitor, warn
+from rewardgen.held_out import Tally, evaluate_held_out, open_monitor, warn
 from rewardgen.interrupt import resumable
 from rewardgen.learner import Learner
 from rewardgen.learners import train_on_cluster
@@ -153,15 +153,20 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
     pool = remote or inline_workers(experiment, parts.policy)
     if processes.is_first:
         write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
+    tally = Tally(folder)
+    if processes.is_first:
+        stack.callback(tally.write)  # however the run ends
     console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
     evaluates = processes.is_first or isinstance(parts.policy, ShardedPolicy)
     start = _evaluate(experiment, parts, averaged=False, monitored=True) if evaluates else None
+    tally.add(start)
     base = start and without_statistics(start)
     made: dict[int, Evaluation | None] = {}  # the latest alone: it holds pictures
 
     def evaluate_now(step: int) -> dict[str, float]:
         made.clear()
         whole = _evaluate(experiment, parts, monitored=True) if evaluates else None
+        tally.add(whole)
         made[step] = evaluation = whole and without_statistics(whole)
         found: list[str] = []
         if processes.is_first and whole is not None and evaluation is not None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from rewardgen.config import Experiment
-from rewardgen.evaluation.evaluate import Evaluation, evaluate
+from rewardgen.evaluation.evaluate import Evaluation, add_counts, evaluate
 from rewardgen.evaluation.monitor import Monitor, statistics_metrics, with_diversity
 from rewardgen.learner import Learner
+from rewardgen.manifest import write_counts
+from rewardgen.report import METRICS
 from rewardgen.reward import Reward
 from rewardgen.types import Example
 
@@ -69,4 +74,51 @@ def warn(monitor: Monitor | None, step: int, now: Evaluation, examples: list[Exa
     found = [str(finding) for finding in monitor.check(step, now, examples)] if monitor else []
     for warning in found:
         console.print(f"warning: {warning}", markup=False, highlight=False)
+    return found
+
+
+class Tally:
+    """What a run's rewards and witnesses counted (`Score.counts`), such as a judge's answers by the way they came.
+
+    Args:
+        folder: the run's folder, which has a manifest and `metrics.jsonl`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._evaluations: defaultdict[str, dict[str, float]] = defaultdict(dict)
+
+    def add(self, evaluation: Evaluation | None) -> None:
+        """Add an evaluation's counts to those of the earlier ones."""
+        for name, counts in (evaluation.counts() if evaluation else {}).items():
+            add_counts(self._evaluations[name], counts)
+
+    def write(self) -> None:
+        """Write them into the manifest, for training and for this start's evaluations.
+
+        Training is the whole run, also before a resume. Its rewards are among the evaluation's metrics, and what these
+        counted there is summed up here: `metrics.jsonl` does not tell a count from a mean.
+
+        Raises:
+            UserError: the manifest cannot be written.
+        """
+        training: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        for told in _told(self._folder / METRICS):
+            for name, counts in self._evaluations.items():
+                found = {what: told.get(f"reward/{name}/{what}") for what in counts}
+                add_counts(training[name], {what: value for what, value in found.items() if value is not None})
+        counted = {name: counts for name, counts in training.items() if counts}
+        write_counts(self._folder, {"training": counted, "evaluation": self._evaluations})
+
+
+def _told(path: Path) -> list[dict[str, Any]]:
+    """The metrics of each step in a `metrics.jsonl`; lines that are none, and a file that is not there, have none."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(said, dict) and isinstance(said.get("metrics"), dict):
+            found.append(said["metrics"])
     return found

@@ -31,7 +31,8 @@ def write_manifest(
     """Write `manifest.json`: what made this run. An older one is kept as `manifest-001.json` and so on.
 
     It holds the experiment, versions, the checkout's commit, the weights' SHA-256, platform, devices and command
-    line; no environment variables and no host name, and secrets are blotted out (`redact`).
+    line; no environment variables and no host name, and secrets are blotted out (`redact`). `write_counts` adds what
+    the rewards counted.
 
     Args:
         folder: the run's folder, made if missing.
@@ -62,6 +63,35 @@ def write_manifest(
     except OSError as error:
         raise UserError(f"{error.filename or folder}: the manifest needs it: {error.strerror}") from error
     return path
+
+
+def write_counts(folder: Path, counts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Add to a run's manifest what its rewards counted; what an earlier call added is replaced.
+
+    So a manifest says of each judge how its answers came, `by_logprob` or `by_text`, and how many failed.
+    Where there is no manifest, or a damaged one, nothing is written: the run itself does not depend on it.
+
+    Args:
+        folder: the run's folder.
+        counts: by `training` and `evaluation`, then by reward or witness, then by what it counts.
+
+    Raises:
+        UserError: the manifest cannot be written.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not isinstance(manifest, dict):
+        return
+    manifest["counts"] = {part: dict(of) for part, of in counts.items()}
+    temporary = folder / f".{MANIFEST}"  # death amid the write must not cost the run its manifest
+    try:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: the manifest needs it: {error.strerror}") from error
 
 
 _SECRET_NAME = (

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from rewardgen.reward import Reward
+from rewardgen.reward import Reward, RewardWarning
 from rewardgen.rewards.judging.fit import Agreement, FitConfig, agreement, fit
 from rewardgen.rewards.judging.local import LocalModel, load_model
-from rewardgen.rewards.judging.questions import load_question
+from rewardgen.rewards.judging.questions import MIN_MASS, load_question
 from rewardgen.types import Example, Score
 
 
@@ -22,20 +24,24 @@ class LocalVlmJudge(Reward):
 
     The gradient goes from the probabilities of the reply's first token through the model and through preprocessing
     that equals the processor's within one 8-bit level. Pictures are judged one at a time, so that a score does not
-    depend on padding. `Score.metrics` has `answer_mass`, the mean probability that the reply is an answer at all: where
-    it is small, the model does not understand the question.
+    depend on padding. `Score.metrics` has `answer_mass`, the mean probability that the reply is an answer at all. A
+    picture about which it is below `min_mass` has no valid score: the model was about to say something else.
+
+    `Score.counts` counts pictures: `by_logprob`, all those that the model was asked about, and `not_applicable`.
 
     Args:
         judge: the model with its question.
+        min_mass: in [0, 1]; 0 takes every score.
     """
 
     differentiable = True
     fit_config: ClassVar[type[FitConfig]] = FitConfig
     """What `fit` is told, for who has this class by its name alone."""
 
-    def __init__(self, judge: LocalModel) -> None:
+    def __init__(self, judge: LocalModel, *, min_mass: float = MIN_MASS) -> None:
         super().__init__()
-        self.judge = judge
+        self.judge, self.min_mass = judge, min_mass
+        self._looked = False
 
     @classmethod
     def from_pretrained(
@@ -46,6 +52,7 @@ class LocalVlmJudge(Reward):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         checkpointing: bool = True,
         round_8bit: bool = True,
+        min_mass: Annotated[float, Field(ge=0, le=1)] = MIN_MASS,
     ) -> LocalVlmJudge:
         """Read a model.
 
@@ -55,6 +62,7 @@ class LocalVlmJudge(Reward):
             dtype: of the weights.
             checkpointing: recompute the model's layers in the backward pass instead of keeping their activations.
             round_8bit: judge the picture as its 8-bit file would look; the gradient is that of the unrounded one.
+            min_mass: probability that the reply is an answer at all, below which a picture has no valid score.
 
         Raises:
             ConfigError: the question or the model's processor cannot be used.
@@ -62,7 +70,8 @@ class LocalVlmJudge(Reward):
         """
         asked = load_question(question)
         weights, processor = load_model(model, getattr(torch, dtype))
-        return cls(LocalModel(weights, processor, asked, checkpointing=checkpointing, round_8bit=round_8bit))
+        judge = LocalModel(weights, processor, asked, checkpointing=checkpointing, round_8bit=round_8bit)
+        return cls(judge, min_mass=min_mass)
 
     def fit(self, examples: Iterable[Example], folder: Path, config: FitConfig) -> None:
         """Teach this judge labelled pictures and save it to a folder; read that for the taught one. See `judging.fit`.
@@ -87,9 +96,28 @@ class LocalVlmJudge(Reward):
                 values.append(torch.full((), math.nan, device=pixels_B3HW.device))
                 continue
             value, mass = self.judge(parts)
-            values.append(value.to(pixels_B3HW.device).where(finite, math.nan))
-            masses.append(mass.detach().to(pixels_B3HW.device).where(finite, 0.0))
+            mass = mass.detach().to(pixels_B3HW.device)
+            values.append(value.to(pixels_B3HW.device).where(finite & (mass >= self.min_mass), math.nan))
+            masses.append(mass.where(finite, 0.0))
             judged.append(finite)
         value_B = torch.stack(values)
-        metrics = {"answer_mass": torch.stack(masses).sum() / torch.stack(judged).sum()} if masses else {}
-        return Score(value_B=value_B, valid_B=value_B.detach().isfinite(), metrics=metrics)
+        counts = {"by_logprob": float(len(masses)), "not_applicable": float(len(values) - len(masses))}
+        metrics = {}
+        if masses:
+            metrics["answer_mass"] = torch.stack(masses).sum() / torch.stack(judged).sum()
+            self._look(metrics["answer_mass"])
+        return Score(value_B=value_B, valid_B=value_B.detach().isfinite(), metrics=metrics, counts=counts)
+
+    def _look(self, mean: Tensor) -> None:
+        """Tell once, of the first pictures, where the model does not answer; looking again would wait each time."""
+        if self._looked:
+            return
+        self._looked = True
+        if (share := float(mean)) < self.min_mass:
+            warnings.warn(
+                f"the judge's reply to '{self.judge.question.name}' is one of its answers with a probability of"
+                f" {share:.2g} only, and below {self.min_mass:g} a picture has no valid score: the model does not"
+                " understand the question; take another one, or fit this one (rewardgen judge fit)",
+                RewardWarning,
+                stacklevel=3,
+            )

@@ -19,8 +19,13 @@ from typing import Any, Literal, TypeAlias
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from torch import Tensor
 
-Fault: TypeAlias = Literal["429", "500", "hang", "cut", "nonsense", "unsure"]
+from rewardgen.rewards.judging.pictures import Picture
+from rewardgen.rewards.vlm_judge import VlmJudge
+from rewardgen.types import Example
+
+Fault: TypeAlias = Literal["400", "429", "500", "hang", "cut", "nonsense", "unsure"]
 FaultPlan: TypeAlias = Callable[[str, int], Fault | None]
 """(digest of the question, how many times it was asked before) -> what goes wrong, or None."""
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -43,6 +48,14 @@ def chosen(code: str, share: float) -> bool:
 
 def no_faults(_code: str, _before: int) -> Fault | None:
     return None
+
+
+def asked(judge: VlmJudge, pixels_3HW: Tensor, example: Example) -> dict[str, Any]:
+    """The request that a judge makes about a picture, which it must apply to; without log-probabilities."""
+    parts = judge.question.put(pixels_3HW, example)
+    assert parts is not None
+    put = [part if isinstance(part, str) else Picture.of(part) for part in parts]
+    return judge.service._body(judge.question, put)
 
 
 class JudgeServer:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pickle
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +25,11 @@ from rewardgen import plugins
 from rewardgen.errors import ConfigError
 from rewardgen.manifest import redact
 from rewardgen.reward import RewardWarning, check_reward, score
+from rewardgen.rewards.judging import pictures as pictures_module
 from rewardgen.rewards.judging.cache import Answer, AnswerCache
 from rewardgen.rewards.judging.client import CallError, _parse, check_url
 from rewardgen.rewards.judging.endpoints import Endpoints
-from rewardgen.rewards.judging.pictures import data_url, to_pil
+from rewardgen.rewards.judging.pictures import DataUrls, Picture, data_url, to_pil
 from rewardgen.rewards.judging.questions import (
     TEMPLATES,
     load_question,
@@ -38,7 +40,7 @@ from rewardgen.rewards.judging.questions import (
 from rewardgen.rewards.vlm_judge import VlmJudge
 from rewardgen.sources import find_sources, materialise
 from rewardgen.types import Example
-from tests.judge_servers import JudgeServer, belief, digest
+from tests.judge_servers import JudgeServer, asked, belief, digest
 
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.txt"))
 STYLE = load_question("style")
@@ -62,9 +64,7 @@ def believed(reward: VlmJudge, pixels: Tensor, given: Sequence[Example]) -> Tens
     """What the servers think, without asking them."""
     found = []
     for pixels_3HW, example in zip(pixels, given, strict=True):
-        parts = reward.question.put(pixels_3HW, example)
-        assert parts is not None
-        found.append(belief(digest(reward.service._body(reward.question, parts))))
+        found.append(belief(digest(asked(reward, pixels_3HW, example))))
     return torch.tensor(found)
 
 
@@ -224,6 +224,36 @@ class TestCalls:
         assert torch.equal(found.value_B, (believed(reward, pictures(4), examples(4)) > 0.5).float())
         assert ["logprobs" in body for body in server.bodies] == [True, False, False, False, False]
         assert found.counts["refused"] == 1
+
+    def test_where_one_of_two_servers_refuses_logprobs_the_other_is_still_asked_for_them(self):
+        with JudgeServer(refuses=True) as refusing, JudgeServer() as good:
+            reward = judge([refusing, good], concurrency=8, max_attempts=1)
+            first = score(reward, pictures(1, seed=3), examples(1), enable_grad=False)
+            assert ["logprobs" in body for body in refusing.bodies] == [True, False], "the one that refused is asked"
+            assert (first.counts["refused"], first.counts["by_text"], first.counts["attempts"]) == (1, 1, 2)
+            found = score(reward, pictures(8), examples(8), enable_grad=False)
+        by_text = {digest(body) for body in refusing.bodies[2:]}
+        expected = [
+            float(p > 0.5) if digest(asked(reward, pixels, example)) in by_text else float(p)
+            for p, pixels, example in zip(
+                believed(reward, pictures(8), examples(8)), pictures(8), examples(8), strict=True
+            )
+        ]
+        assert found.value_B.tolist() == pytest.approx(expected, abs=1e-6)
+        assert not any("logprobs" in body for body in refusing.bodies[2:])
+        assert good.bodies
+        assert all("logprobs" in body for body in good.bodies)
+        assert (found.counts["by_text"], found.counts["by_logprob"]) == (len(by_text), len(good.bodies))
+        assert found.counts["refused"] == 0
+
+    def test_a_server_that_refuses_the_question_itself_is_not_blamed_for_logprobs(self):
+        with JudgeServer(plan=lambda code, before: "400") as server:
+            reward = judge([server])
+            with pytest.warns(RewardWarning, match="refused"):
+                found = score(reward, pictures(1), examples(1), enable_grad=False)
+        assert not found.valid_B.any()
+        assert (found.counts["attempts"], found.counts["refused"], found.counts["failed"]) == (2, 2, 1)
+        assert [endpoint.takes_logprobs for endpoint in reward.service._endpoints.all] == [True]
 
     def test_rubric_by_text(self):
         with JudgeServer(logprobs=False, rubric=True) as server:
@@ -497,3 +527,79 @@ def test_a_picture_is_sent_as_its_8_bit_file() -> None:
     assert torch.equal(levels, (pixels.clamp(0, 1) * 255).round().byte())
     assert to_pil(torch.zeros(3, 40, 20), max_side=10).size == (5, 10)
     assert to_pil(torch.zeros(3, 4, 2), max_side=10).size == (2, 4)
+
+
+class TestEncoding:
+    def test_a_reference_is_encoded_once_for_all_questions_about_it(self, monkeypatch):
+        encoded = self.count(monkeypatch)
+        reference = Example(id="a", style_refs=(pictures(1, seed=7)[0],))
+        with JudgeServer() as server:
+            reward = judge([server])
+            found = score(reward, pictures(6), [reference] * 6, enable_grad=False)
+            assert sorted(encoded) == sorted([*map(code_of, pictures(6)), code_of(reference.style_refs[0])])
+        assert torch.allclose(found.value_B, believed(reward, pictures(6), [reference] * 6), atol=1e-6)
+
+    def test_the_first_call_is_made_before_the_last_picture_is_encoded(self, monkeypatch):
+        """The last picture's encoding waits for the first answer; encoded before all calls, it would wait for ever."""
+        answered = threading.Event()
+        last = code_of(pictures(3)[2])
+
+        def hold(code: str) -> None:
+            if code == last:
+                assert answered.wait(20)
+
+        self.count(monkeypatch, hold)
+        with JudgeServer(named=lambda body: answered.set() or digest(body)) as server:
+            found = score(judge([server]), pictures(3), examples(3), enable_grad=False)
+        assert found.valid_B.all()
+
+    def test_what_is_kept_is_bounded_and_the_latest(self, monkeypatch):
+        shown, expected = zip(*[(Picture.of(pixels), data_url(pixels)) for pixels in pictures(3)], strict=True)
+        urls = DataUrls(None, kept_characters=2 * max(map(len, expected)))
+        encoded = self.count(monkeypatch)
+        made = [urls(shown[i]) for i in (0, 1, 0, 2, 0, 1)]
+        assert encoded == [shown[i].code for i in (0, 1, 2, 1)]
+        assert made == [expected[i] for i in (0, 1, 0, 2, 0, 1)]
+        assert urls._characters == sum(len(future.result()) for future in urls._made.values()) <= urls._kept_characters
+
+    def test_a_failure_is_not_kept(self, monkeypatch):
+        urls, (picture,) = DataUrls(None), [Picture.of(pictures(1)[0])]
+
+        def full(code: str) -> None:
+            raise MemoryError(code)
+
+        with monkeypatch.context() as patch:
+            self.count(patch, full)
+            with pytest.raises(MemoryError):
+                urls(picture)
+        assert urls(picture) == data_url(pictures(1)[0])
+
+    @staticmethod
+    def count(monkeypatch: Any, before: Any = lambda code: None) -> list[str]:
+        """The codes of pictures in the order in which they are encoded; `before` is called with each."""
+        encoded, plain = [], pictures_module._data_url
+
+        def counted(picture: Image.Image) -> str:
+            levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            code = Picture.of(levels / 255).code
+            encoded.append(code)
+            before(code)
+            return plain(picture)
+
+        monkeypatch.setattr(pictures_module, "_data_url", counted)
+        return encoded
+
+
+def code_of(pixels: Tensor) -> str:
+    return Picture.of(pixels).code
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2))
+def test_equal_pixels_make_equal_pictures_and_no_others(height, width, channel):
+    pixels = torch.rand(3, height, width)
+    assert Picture.of(pixels) == Picture.of(pixels.clone())
+    other = pixels.clone()
+    other[channel, -1, -1] = (other[channel, -1, -1] + 0.5) % 1
+    assert Picture.of(pixels) != Picture.of(other)
+    turned = pixels.reshape(3, width, height)
+    assert height == width or Picture.of(turned) != Picture.of(pixels)

@@ -4,6 +4,7 @@ gradient against finite differences."""
 from __future__ import annotations
 
 import json
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -28,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rewardgen import plugins
 from rewardgen.errors import CheckpointError, ConfigError
-from rewardgen.reward import score
+from rewardgen.reward import RewardWarning, score
 from rewardgen.rewards.judging.local import LocalModel, answer_tokens, render, save_model
 from rewardgen.rewards.judging.pictures import to_pil
 from rewardgen.rewards.judging.preprocess import Preprocess
@@ -57,7 +58,8 @@ def parts_of(checkpointing: bool = False, question: str = "style", image_size: i
 
 
 def judge(**args: Any) -> LocalVlmJudge:
-    return LocalVlmJudge(parts_of(**args)).requires_grad_(False).eval()
+    # A model without any training hardly ever means to answer.
+    return LocalVlmJudge(parts_of(**args), min_mass=0.0).requires_grad_(False).eval()
 
 
 def picture(height: int = 20, width: int = 27, seed: int = 0) -> Tensor:
@@ -166,6 +168,35 @@ class TestScores:
         assert grad.isfinite().all()
         assert [bool(row.any()) for row in grad] == [True, False, False]
         assert 0 < found.metrics["answer_mass"] < 1
+        assert found.counts == {"by_logprob": 1, "not_applicable": 2}
+
+    def test_what_is_hardly_an_answer_is_masked_without_harm_to_the_others(self):
+        pixels = torch.stack([picture(seed=i) for i in range(5)]).requires_grad_()
+        asked = [example()] * 5
+        whole = judge()
+        with torch.no_grad():
+            masses = [float(whole.judge(whole.judge.question.put(p, e))[1]) for p, e in zip(pixels, asked, strict=True)]
+        between = sum(sorted(masses)[1:3]) / 2
+        strict = LocalVlmJudge(whole.judge, min_mass=between)
+        found, every = (score(reward, pixels, asked, enable_grad=True) for reward in (strict, whole))
+        assert found.valid_B.tolist() == [mass >= between for mass in masses]
+        assert found.valid_B.sum() == 3
+        assert torch.equal(found.value_B[found.valid_B], every.value_B[found.valid_B])
+        assert found.value_B[~found.valid_B].isnan().all()
+        assert every.valid_B.all()
+        grads = [torch.autograd.grad(of.value_B[found.valid_B].sum(), pixels)[0] for of in (found, every)]
+        assert torch.equal(*grads)
+        assert [bool(row.any()) for row in grads[0]] == found.valid_B.tolist()
+
+    def test_a_model_that_does_not_answer_gives_no_score_and_says_so_once(self):
+        reward = LocalVlmJudge(parts_of()).requires_grad_(False).eval()
+        pixels = torch.stack([picture(seed=i) for i in range(2)])
+        with pytest.warns(RewardWarning, match=r"'style' is one of its answers with a probability of 0\.0\d+ only"):
+            first = score(reward, pixels, [example()] * 2, enable_grad=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = score(reward, pixels, [example()] * 2, enable_grad=False)
+        assert not (first.valid_B | second.valid_B).any()
 
     def test_a_prompt_cannot_pass_for_a_picture(self):
         local = parts_of(question="prompt")
@@ -250,7 +281,7 @@ class TestGradient:
         local = LocalModel(
             model.double(), processor, load_question("style"), checkpointing=checkpointing, round_8bit=False
         )
-        reward = LocalVlmJudge(local).requires_grad_(False).eval()
+        reward = LocalVlmJudge(local, min_mass=0.0).requires_grad_(False).eval()
         rng = torch.Generator().manual_seed(5)
         pixels = 0.1 + 0.8 * torch.rand(2, 3, 20, 27, dtype=torch.float64, generator=rng)
 
@@ -299,7 +330,7 @@ class TestReading:
         local = parts_of()
         save_model(local.model, local.processor, tmp_path)
         cls = plugins.resolve("rewards", "vlm_judge_local")
-        made = plugins.factory(cls)(str(tmp_path), "style", checkpointing=False, round_8bit=False)
+        made = plugins.factory(cls)(str(tmp_path), "style", checkpointing=False, round_8bit=False, min_mass=0.0)
         pixels = picture()[None]
         assert torch.equal(made.score(pixels, [example()]).value_B, judge().score(pixels, [example()]).value_B)
 

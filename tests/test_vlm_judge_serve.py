@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     states: list[Tensor] = []
     hook = model.lm_head.register_forward_pre_hook(lambda _module, inputs: states.append(inputs[0][0, -1]))
-    judge = LocalVlmJudge(LocalModel(model, processor, load_question("style"), checkpointing=False))
+    judge = LocalVlmJudge(LocalModel(model, processor, load_question("style"), checkpointing=False), min_mass=0.0)
     with torch.no_grad():
         judge.score(*asked())
         hook.remove()
@@ -75,7 +75,7 @@ def served(folder: Path) -> Iterator[str]:
 
 def test_the_service_says_what_the_model_thinks(folder: Path, served: str) -> None:
     pixels, examples = asked()
-    local = LocalVlmJudge.from_pretrained(str(folder), "style")
+    local = LocalVlmJudge.from_pretrained(str(folder), "style", min_mass=0.0)
     p_B = score(local, pixels, examples, enable_grad=False).value_B
     assert 0 < (p_B > 0.5).sum() < N
     # One token: this model would go on saying it.

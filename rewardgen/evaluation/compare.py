@@ -5,8 +5,8 @@ Shape suffixes: N examples, R bootstrap resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from textwrap import wrap
 from typing import Any, Literal, TypeAlias
 
@@ -47,6 +47,8 @@ class MetricComparison:
         trained_valid: examples valid after.
         ceiling: mean of the true pictures over those of the same examples that have one.
         gap_closed: (trained - base) / (ceiling - base), see `gap_closed`.
+        counts: what the metric counted beside its values (`Score.counts`), such as a judge's answers by the way they
+            came: under `base`, `trained` and `ceiling`, of all examples. Empty where it counts nothing.
     """
 
     name: str
@@ -58,6 +60,7 @@ class MetricComparison:
     trained_valid: int
     ceiling: float | None = None
     gap_closed: Interval | None = None
+    counts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +110,7 @@ def compare(
     rows = []
     for name, before in base.scores.items():
         after, truth = trained.scores[name], ceiling.scores[name] if ceiling else None
+        sides = {"base": before, "trained": after, "ceiling": truth}
         both_N = before.valid_B & after.valid_B
         all_N = both_N & truth.valid_B if truth else torch.zeros_like(both_N)
         change = after.value_B[both_N] - before.value_B[both_N]
@@ -126,6 +130,7 @@ def compare(
                 trained_valid=int(after.valid_B.sum()),
                 ceiling=_mean(truth.value_B[all_N]) if truth else None,
                 gap_closed=gap,
+                counts={key: dict(of.counts) for key, of in sides.items() if of is not None and of.counts},
             )
         )
     return Comparison(rows=tuple(rows), num_examples=len(base.example_ids), confidence=confidence, method=method)

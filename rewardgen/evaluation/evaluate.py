@@ -52,7 +52,7 @@ class Evaluation:
     Args:
         example_ids: unique, in the order of the examples.
         scores: by metric, `value_B` float64 [N] and `valid_B` bool [N] on the CPU. A value that is not valid carries
-            no meaning: it is counted and never averaged.
+            no meaning: it is counted and never averaged. `counts` are sums over the examples.
         pixels_K3HW: pictures in [0, 1] of the first K examples, float32 on the CPU.
     """
 
@@ -69,17 +69,21 @@ class Evaluation:
         """Number of valid values of each metric."""
         return {name: int(score.valid_B.sum()) for name, score in self.scores.items()}
 
+    def counts(self) -> dict[str, dict[str, float]]:
+        """What each metric counted beside its values, such as failures by kind; of those alone that count something."""
+        return {name: dict(score.counts) for name, score in self.scores.items() if score.counts}
+
     def to_json(self) -> dict[str, Any]:
-        """All but the pictures; a value that is not valid is null."""
+        """All but the pictures; a value that is not valid is null. `counts` has the metrics that count something."""
         scores = {
             name: [v if ok else None for v, ok in zip(s.value_B.tolist(), s.valid_B.tolist(), strict=True)]
             for name, s in self.scores.items()
         }
-        return {"example_ids": list(self.example_ids), "scores": scores}
+        return {"example_ids": list(self.example_ids), "scores": scores, "counts": self.counts()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Read `to_json()`.
+        """Read `to_json()`; older files have no counts.
 
         Raises:
             UserError: a key is missing, or a metric has not one value for each example.
@@ -87,6 +91,7 @@ class Evaluation:
         try:
             ids = tuple(str(name) for name in data["example_ids"])
             columns = {str(name): [None if v is None else float(v) for v in c] for name, c in data["scores"].items()}
+            counted = {name: {k: float(v) for k, v in c.items()} for name, c in data.get("counts", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"not an evaluation: {type(error).__name__}: {error}") from None
         for name, column in columns.items():
@@ -96,6 +101,7 @@ class Evaluation:
             name: Score(
                 value_B=torch.tensor([torch.nan if v is None else v for v in column], dtype=torch.float64),
                 valid_B=torch.tensor([v is not None for v in column], dtype=torch.bool),
+                counts=counted.get(name, {}),
             )
             for name, column in columns.items()
         }
@@ -166,14 +172,25 @@ def score_pixels(metrics: Mapping[str, Reward], pixels_B3HW: Tensor, examples: S
     for name, metric in metrics.items():
         own = next((tensor.device for tensor in chain(metric.parameters(), metric.buffers())), pixels_B3HW.device)
         result = score(metric, pixels_B3HW.to(own), examples, enable_grad=False)
-        scores[name] = Score(value_B=result.value_B.double().cpu(), valid_B=result.valid_B.cpu() & finite_B)
+        scores[name] = Score(
+            value_B=result.value_B.double().cpu(), valid_B=result.valid_B.cpu() & finite_B, counts=result.counts
+        )
     return scores
 
 
 def join(scores: Sequence[Score]) -> Score:
     """The scores of consecutive batches as one. What is not valid becomes NaN, so that no average can hide it."""
     value_N, valid_N = (torch.cat([getattr(score, name) for score in scores]) for name in ("value_B", "valid_B"))
-    return Score(value_B=value_N.masked_fill(~valid_N, torch.nan), valid_B=valid_N)
+    counts: dict[str, float] = {}
+    for part in scores:
+        add_counts(counts, part.counts)
+    return Score(value_B=value_N.masked_fill(~valid_N, torch.nan), valid_B=valid_N, counts=counts)
+
+
+def add_counts(to: dict[str, float], counts: Mapping[str, float]) -> None:
+    """Add counts to their sums, which may not be there yet."""
+    for name, value in counts.items():
+        to[name] = to.get(name, 0.0) + float(value)
 
 
 def _check_ids(examples: Sequence[Example]) -> None:

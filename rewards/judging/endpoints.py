@@ -89,10 +89,11 @@ class Endpoints:
                 # An ejection ends without anyone's notice.
                 self._changed.wait(min(left, 0.5))
 
-    def succeeded(self, lease: Lease) -> None:
-        """Give a place back after an answer."""
+    def succeeded(self, lease: Lease, *, refuses_logprobs: bool = False) -> None:
+        """Give a place back after an answer, which came only without log-probabilities where `refuses_logprobs`."""
         with self._changed:
             endpoint = lease.endpoint
+            endpoint.takes_logprobs &= not refuses_logprobs
             endpoint.in_flight -= 1
             endpoint.failed_in_a_row = endpoint.ejections = 0
             if self._adaptive:

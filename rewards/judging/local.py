@@ -15,7 +15,7 @@ from rewardgen import hub
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.rewards.cache import TensorCache
 from rewardgen.rewards.judging.pictures import to_pil
-from rewardgen.rewards.judging.preprocess import Preprocess
+from rewardgen.rewards.judging.preprocess import Preprocess, one_tile
 from rewardgen.rewards.judging.questions import Part, Question
 from rewardgen.transfer import to_device
 
@@ -66,12 +66,15 @@ def save_model(model: Any, processor: Any, folder: Path) -> None:
 
 def render(processor: Any, question: Question, parts: Sequence[Part]) -> str:
     """The question as the model's chat template has it, up to where the answer begins."""
-    image_token = processor.image_token
     content: list[dict[str, str]] = []
     for part in parts:
-        # What a prompt says must not be taken for a picture.
-        text = part.replace(image_token, " ") if isinstance(part, str) else None
-        content.append({"type": "image"} if text is None else {"type": "text", "text": text})
+        if not isinstance(part, str):
+            content.append({"type": "image"})
+            continue
+        # What a prompt says must not be taken for a picture, or for a video.
+        for token in (processor.image_token, getattr(processor, "video_token", None)):
+            part = part.replace(token, " ") if token else part
+        content.append({"type": "text", "text": part})
     messages = [{"role": "user", "content": content}]
     if question.settings.system:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": question.settings.system}]})
@@ -103,7 +106,8 @@ class LocalModel(nn.Module):
 
     Args:
         model: a transformers image-text model.
-        processor: its processor, with an image processor on PIL and a chat template.
+        processor: its processor, with an image processor on PIL and a chat template. One that cuts pictures into tiles
+            is told to make one of each (`preprocess.one_tile`).
         question: what is asked; its reply must begin with the answer.
         checkpointing: recompute the layers in the backward pass instead of keeping their activations.
         round_8bit: see pictures as 8-bit files, which the model was trained on.
@@ -123,6 +127,7 @@ class LocalModel(nn.Module):
             raise ConfigError(f"model: the processor of '{name}' has no chat template")
         if not isinstance(getattr(processor, "image_token", None), str):
             raise ConfigError(f"model: the processor of '{name}' has no token for a picture")
+        one_tile(processor, name=f"model: '{name}'")
         self.preprocess = Preprocess.of(processor.image_processor, name=f"model: '{name}'")
         self.model, self.processor, self.question = model, processor, question
         self.round_8bit = round_8bit

@@ -1,9 +1,10 @@
 """A processor's preprocessing of pictures, written out with a gradient.
 
-Processors on PIL resize an 8-bit picture, cut its centre, and normalise; Qwen-VL's then cut it into patches. The same
-is done here in torch, rounding to 8 bits straight-through. Whatever a processor's settings say, it is the result that
-counts: a new `Preprocess` is compared with the processor itself on random pictures, and refused if any value differs by
-more than one 8-bit level.
+Processors on PIL resize an 8-bit picture, cut its centre, and normalise; Qwen-VL's then cut it into patches, and
+Idefics3's and SmolVLM's resize it twice. Those that make several tiles of a picture are told to make one (`one_tile`).
+The same is done here in torch, rounding to 8 bits straight-through. Whatever a processor's settings say, it is the
+result that counts: a new `Preprocess` is compared with the processor itself on random pictures, and refused if any
+value differs by more than one 8-bit level.
 
 Shape suffixes: H and W pixels of a side, S pixels of a side of the model's input.
 """
@@ -25,6 +26,10 @@ from rewardgen.errors import ConfigError
 from rewardgen.rewards.preprocess import Kernel, clamp_straight_through, normalise, resize
 
 _CHECK_SIZES = ((48, 80), (90, 50), (31, 31))
+_TILES = ("crop_to_patches", "do_image_splitting")
+"""What the image processors of InternVL, and of Idefics3 and SmolVLM, call the cutting of pictures into tiles."""
+_LARGEST = 4096
+"""Longest side in pixels of which Idefics3's processor takes account."""
 _FILTERS: dict[Image.Resampling, Kernel] = {
     Image.Resampling.BILINEAR: "bilinear",
     Image.Resampling.BICUBIC: "bicubic",
@@ -44,6 +49,9 @@ class Preprocess:
         mean: taken from each channel of pixels in [0, 1];
         std: each channel is divided by it.
         patches: (side of a patch in pixels, patches a side that are merged, repeats in time) of Qwen-VL, or None.
+        long_side: the longer side is resized to it before all else, the other one in proportion; pixels. None where
+            there is only one resize.
+        nested: several pictures are given to the model as [1, number, 3, S, S].
     """
 
     size: tuple[int, ...]
@@ -52,6 +60,8 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     patches: tuple[int, int, int] | None = None
+    long_side: int | None = None
+    nested: bool = False
 
     @classmethod
     def of(cls, processor: Any, *, name: str) -> Self:
@@ -71,6 +81,10 @@ class Preprocess:
 
     @classmethod
     def _from_settings(cls, processor: Any) -> Self:
+        if getattr(processor, "crop_to_patches", False) or getattr(processor, "do_image_splitting", False):
+            raise ValueError("it cuts pictures into tiles")
+        if hasattr(processor, "do_image_splitting"):
+            return cls._of_idefics3(processor)
         if processor.do_pad or not (processor.do_rescale and processor.do_normalize):
             raise ValueError("it pads, or does not normalise")
         patches = None
@@ -91,6 +105,26 @@ class Preprocess:
         kernel = _FILTERS[processor.resample]
         return cls(size=size, kernel=kernel, crop=crop, mean=mean, std=std, patches=patches)
 
+    @classmethod
+    def _of_idefics3(cls, processor: Any) -> Self:
+        """Of Idefics3 and SmolVLM without splitting: the longer side to `size`, then all to a square, which they pad by
+        nothing."""
+        if not (processor.do_rescale and processor.do_normalize):
+            raise ValueError("it does not normalise")
+        given = {name: value for name, value in dict(processor.size).items() if value}
+        if processor.do_resize and (set(given) != {"longest_edge"} or given["longest_edge"] > _LARGEST):
+            raise ValueError(f"it resizes to {given}")
+        side = int(dict(processor.max_image_size)["longest_edge"])
+        return cls(
+            size=(side, side),
+            kernel=_FILTERS[processor.resample],
+            crop=(),
+            mean=tuple(processor.image_mean),
+            std=tuple(processor.image_std),
+            long_side=int(given["longest_edge"]) if processor.do_resize else None,
+            nested=True,
+        )
+
     def __call__(self, pixels_3HW: Tensor, *, round_8bit: bool = True) -> Tensor:
         """Pixels in [0, 1] to what the model takes: [3, S, S], or the processor's own height and width, or patches
         [number, values of a patch].
@@ -104,11 +138,11 @@ class Preprocess:
         # Autocast's bfloat16 is coarser than the 8 bits of a picture.
         with torch.autocast(pixels.device.type, enabled=False):
             pixels = clamp_straight_through(pixels)
-            (rows, columns), (height, width) = pixels.shape[-2:], self._resized(*pixels.shape[-2:])
-            first = round_8bit and _height_first(rows, columns, height, width, self.kernel)
-            (pixels,) = resize(
-                pixels[None], height, width, kernel=self.kernel, round_8bit=round_8bit, height_first=first
-            )
+            if self.long_side is not None:
+                height, width = _by_long_side(pixels.shape[-2], pixels.shape[-1], self.long_side)
+                pixels = self._resize(pixels, height, width, round_8bit)
+            height, width = self._resized(*pixels.shape[-2:])
+            pixels = self._resize(pixels, height, width, round_8bit)
             if self.crop:
                 top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
                 if top < 0 or left < 0:
@@ -119,7 +153,8 @@ class Preprocess:
 
     def batch(self, pictures: Sequence[Tensor]) -> Tensor:
         """Several pictures' results as the model takes them together."""
-        return torch.stack(list(pictures)) if self.patches is None else torch.cat(list(pictures))
+        stacked = torch.stack(list(pictures)) if self.patches is None else torch.cat(list(pictures))
+        return stacked[None] if self.nested else stacked
 
     def difference(self, processor: Any) -> float:
         """Largest difference from the processor on random pictures, in 8-bit levels over std."""
@@ -136,6 +171,13 @@ class Preprocess:
             worst = max(worst, float((given - ours).abs().max()) * min(self.std) * 255)
         return worst
 
+    def _resize(self, pixels_3HW: Tensor, height: int, width: int, round_8bit: bool) -> Tensor:
+        first = round_8bit and _height_first(*pixels_3HW.shape[-2:], height, width, self.kernel)
+        resized: Tensor = resize(
+            pixels_3HW[None], height, width, kernel=self.kernel, round_8bit=round_8bit, height_first=first
+        )[0]
+        return resized
+
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if not self.size:
             return height, width
@@ -148,11 +190,42 @@ class Preprocess:
         return (short, long) if height <= width else (long, short)
 
 
+def one_tile(processor: Any, *, name: str) -> None:
+    """Tell the processor of InternVL, Idefics3 or SmolVLM to take pictures whole instead of cutting them into tiles.
+
+    How many tiles there are depends on a picture's shape, and each costs as much as a whole picture. InternVL sees
+    single tiles of small square pictures and SmolVLM of video frames; for Idefics3 they are an option of its processor.
+    Other processors are left as they are.
+
+    Raises:
+        ConfigError: it goes on cutting; names `name`.
+    """
+    images = processor.image_processor
+    for switch in _TILES:
+        if not isinstance(getattr(images, switch, None), bool):
+            continue
+        setattr(images, switch, False)
+        # What a processor asks for in its calls comes before what the part that it asks is set to.
+        processor.images_kwargs = {**getattr(processor, "images_kwargs", {}), switch: False}
+        wide = Image.new("RGB", (320, 80))
+        seen = processor(images=[wide], text=[processor.image_token], return_tensors="pt")["pixel_values"]
+        if seen.flatten(0, -4).shape[0] != 1:
+            raise ConfigError(_unknown(name, processor, f"it cuts pictures into tiles whatever {switch} says"))
+
+
 def _unknown(name: str, processor: Any, why: str) -> str:
     return (
         f"{name}: what {type(processor).__name__} does to pictures has no gradient here ({why.strip()}); use a model"
         " whose processor resizes, crops and normalises, such as LLaVA, or serve this one and use vlm_judge"
     )
+
+
+def _by_long_side(height: int, width: int, long: int) -> tuple[int, int]:
+    """The size whose longer side is `long`; the other one is in proportion, and even."""
+    ratio = width / height
+    if width >= height:
+        return max(1, (short := int(long / ratio)) + short % 2), long
+    return long, max(1, (short := int(long * ratio)) + short % 2)
 
 
 def _in_patches(height: int, width: int, unit: int, fewest: int, most: int) -> tuple[int, int]:

@@ -27,7 +27,8 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 PICTURES = ("picture", "content_refs", "style_refs", "identity_refs", "target")
 PLACEHOLDERS = (*PICTURES, "prompt")
 MIN_MASS = 0.5
-"""Share of the first token's probability that the answers must have together, or the reply's text is read instead."""
+"""Share of the first token's probability that the answers must have together. With less, a service's reply is read as
+text instead, and a local model has given no answer."""
 
 Part: TypeAlias = str | Tensor
 """A piece of a question as it is put: text, or a picture [3, H, W] in [0, 1]."""

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rewardgen.rewards.judging.cache import Answer, AnswerCache
 from rewardgen.rewards.judging.client import CallError, Kind, Reply, call, check_url, read_key
 from rewardgen.rewards.judging.endpoints import Endpoint, Endpoints, Lease
-from rewardgen.rewards.judging.pictures import data_url
+from rewardgen.rewards.judging.pictures import DataUrls, Picture
 from rewardgen.rewards.judging.questions import Part, Question, read_logprobs, read_text
 
 _LONGEST_WAIT_S = 60.0
@@ -73,6 +74,7 @@ class JudgeService:
         self._urls = tuple(check_url(url) for url in config.urls)
         read_key(config.key_env)
         self._cache = AnswerCache(Path(config.cache_dir).expanduser()) if config.cache_dir else None
+        self._data_urls = DataUrls(config.max_side)
         self._endpoints = Endpoints(
             self._urls,
             concurrency=config.concurrency,
@@ -91,10 +93,12 @@ class JudgeService:
         return {endpoint.url: endpoint.limit for endpoint in self._endpoints.all}
 
     def ask(self, question: Question, asked: Sequence[Sequence[Part]]) -> list[Outcome]:
-        """Answers to one question about several pictures, in their order. Equal ones are asked once."""
-        bodies = [self._body(question, parts) for parts in asked]
-        keys = [self._key(question, body) for body in bodies]
-        todo = dict(zip(keys, bodies, strict=True))
+        """Answers to one question about several pictures, in their order. Equal ones are asked once.
+
+        Pictures become files in the threads that ask: the first calls are made while others' are still to be encoded.
+        """
+        put = [tuple(part if isinstance(part, str) else Picture.of(part) for part in parts) for parts in asked]
+        todo = dict.fromkeys(put)
         if not todo:
             return []
         key = read_key(self.config.key_env)
@@ -102,21 +106,24 @@ class JudgeService:
         workers = min(len(todo), self.config.concurrency * len(self._urls))
         pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
         try:
-            futures = {name: pool.submit(self._one, question, name, todo[name], key, stop) for name in todo}
-            found = {name: future.result() for name, future in futures.items()}
+            futures = {parts: pool.submit(self._one, question, parts, key, stop) for parts in todo}
+            found = {parts: future.result() for parts, future in futures.items()}
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
         # What was counted belongs to the first of equal ones.
-        first = {name: index for index, name in reversed(list(enumerate(keys)))}
+        first = {parts: index for index, parts in reversed(list(enumerate(put)))}
         return [
-            found[name] if first[name] == index else replace(found[name], counts={}) for index, name in enumerate(keys)
+            found[parts] if first[parts] == index else replace(found[parts], counts={})
+            for index, parts in enumerate(put)
         ]
 
     def _one(
-        self, question: Question, name: str, body: dict[str, Any], key: str | None, stop: threading.Event
+        self, question: Question, parts: Sequence[str | Picture], key: str | None, stop: threading.Event
     ) -> Outcome:
         """Try until there is an answer, or the attempts or the time are used up."""
+        body = self._body(question, parts)
+        name = self._key(question, body)
         cached = self._cache.get(name) if self._cache else None
         if cached is not None:
             return Outcome(answer=cached, counts={"from_cache": 1})
@@ -124,24 +131,16 @@ class JudgeService:
         end = time.monotonic() + self.config.give_up_s
         charged, failure = 0, CallError("timeout", f"no endpoint had room within {self.config.give_up_s:g} s")
         endpoint: Endpoint | None = None
-        plain = False  # ask without log-probabilities
         while (lease := self._endpoints.take(not_at=endpoint, timeout_s=end - time.monotonic())) is not None:
             endpoint = lease.endpoint
-            logprobs = question.by_logprob and endpoint.takes_logprobs and not plain
-            counts["attempts"] += 1
-            result = self._attempt(question, lease, body, key, logprobs=logprobs)
+            result = self._attempt(question, lease, body, key, counts)
             if isinstance(result, Answer):
-                endpoint.takes_logprobs &= not plain
                 if self._cache:
                     self._cache.put(name, result)
                 return Outcome(answer=result, counts=counts)
             failure = result
-            counts[failure.kind] += 1
             if failure.kind == "refused":
-                if not (logprobs and failure.status in (400, 422)):
-                    break
-                plain = True  # perhaps it is the log-probabilities that this server refuses
-                continue
+                break
             charged += failure.kind != "rate_limited"
             wait = self._wait(failure, charged, counts["rate_limited"])
             if charged >= self.config.max_attempts or time.monotonic() + wait > end or stop.wait(wait):
@@ -149,19 +148,45 @@ class JudgeService:
         return Outcome(answer=None, counts=counts, kind=failure.kind, reason=str(failure))
 
     def _attempt(
-        self, question: Question, lease: Lease, body: dict[str, Any], key: str | None, *, logprobs: bool
+        self, question: Question, lease: Lease, body: dict[str, Any], key: str | None, counts: Counter[str]
     ) -> Answer | CallError:
-        """One call; gives the place at the endpoint back, whatever happens."""
+        """One call, and one more without log-probabilities where they may be what the endpoint refuses.
+
+        Gives the place at the endpoint back, whatever happens.
+        """
+        ask = partial(self._counted, question, lease.endpoint, body, key, counts)
+        logprobs = question.by_logprob and lease.endpoint.takes_logprobs
         try:
-            answer = self._call(question, lease.endpoint, body, key, logprobs=logprobs)
-        except CallError as error:
-            self._endpoints.failed(lease, error.kind)
-            return error
+            result = ask(logprobs=logprobs)
+            # It is this endpoint that must be asked again: what another one answers says nothing about it.
+            plain = logprobs and isinstance(result, CallError) and result.status in (400, 422)
+            result = ask(logprobs=False) if plain else result
         except BaseException:
             self._endpoints.failed(lease, "connection")
             raise
-        self._endpoints.succeeded(lease)
-        return answer
+        if isinstance(result, CallError):
+            self._endpoints.failed(lease, result.kind)
+        else:
+            self._endpoints.succeeded(lease, refuses_logprobs=plain)
+        return result
+
+    def _counted(
+        self,
+        question: Question,
+        endpoint: Endpoint,
+        body: dict[str, Any],
+        key: str | None,
+        counts: Counter[str],
+        *,
+        logprobs: bool,
+    ) -> Answer | CallError:
+        """One call, added to the counts."""
+        counts["attempts"] += 1
+        try:
+            return self._call(question, endpoint, body, key, logprobs=logprobs)
+        except CallError as error:
+            counts[error.kind] += 1
+            return error
 
     def _call(
         self, question: Question, endpoint: Endpoint, body: dict[str, Any], key: str | None, *, logprobs: bool
@@ -187,12 +212,12 @@ class JudgeService:
         longest = min(_LONGEST_WAIT_S, self.config.backoff_s * float(2 ** min(tries - 1, 16)))
         return longest * (0.5 + 0.5 * self._random.random())
 
-    def _body(self, question: Question, parts: Sequence[Part]) -> dict[str, Any]:
+    def _body(self, question: Question, parts: Sequence[str | Picture]) -> dict[str, Any]:
         """The request, without log-probabilities."""
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": data_url(part, self.config.max_side)}}
+            else {"type": "image_url", "image_url": {"url": self._data_urls(part)}}
             for part in parts
         ]
         system = [{"role": "system", "content": question.settings.system}] if question.settings.system else []

@@ -82,7 +82,7 @@ def judge_server() -> JudgeServer:
 
 def tiny_local_judge() -> LocalVlmJudge:
     sizes = {"vision_width": 24, "vision_layers": 2, "text_width": 24, "text_layers": 2}
-    return LocalVlmJudge(LocalModel(*tiny_llava(image_size=32, **sizes), load_question("style")))
+    return LocalVlmJudge(LocalModel(*tiny_llava(image_size=32, **sizes), load_question("style")), min_mass=0.0)
 
 
 TINY: dict[str, Callable[[], Reward]] = {

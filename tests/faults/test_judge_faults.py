@@ -16,7 +16,7 @@ from rewardgen.objective import Objective, ObjectiveConfig, TermConfig
 from rewardgen.reward import RewardWarning, score
 from rewardgen.rewards.vlm_judge import VlmJudge
 from rewardgen.types import Example, Score
-from tests.judge_servers import Fault, FaultPlan, JudgeServer, chosen, digest
+from tests.judge_servers import Fault, FaultPlan, JudgeServer, asked, chosen, digest
 from tests.toys import ToyReward
 
 N = 40
@@ -66,9 +66,7 @@ def hit(reward: VlmJudge) -> Tensor:
     """Which questions the plan chooses."""
     flags = []
     for pixels_3HW, example in zip(PIXELS, EXAMPLES, strict=True):
-        parts = reward.question.put(pixels_3HW, example)
-        assert parts is not None
-        flags.append(chosen(digest(reward.service._body(reward.question, parts)), SHARE))
+        flags.append(chosen(digest(asked(reward, pixels_3HW, example)), SHARE))
     return torch.tensor(flags)
 
 

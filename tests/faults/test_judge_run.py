@@ -30,7 +30,7 @@ from rewardgen.rollout import RolloutConfig, RolloutWorker
 from rewardgen.scoring import ScoringWorker
 from rewardgen.trainer import TrainConfig, Trainer
 from rewardgen.types import Example, Score, StepReport
-from tests.judge_servers import Fault, JudgeServer, belief, digest
+from tests.judge_servers import Fault, JudgeServer, asked, belief, digest
 from tests.toys import IMAGE_SIZE, ToyDataset, ToyPolicy
 
 STEPS, EXAMPLES, GENERATIONS = 4, 4, 4
@@ -101,9 +101,7 @@ class Watching(Reward):
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         codes = []
         for pixels_3HW, example in zip(pixels_B3HW, examples, strict=True):
-            parts = self.judge.question.put(pixels_3HW, example)
-            assert parts is not None
-            codes.append(digest(self.judge.service._body(self.judge.question, parts)))
+            codes.append(digest(asked(self.judge, pixels_3HW, example)))
         found = self.judge.score(pixels_B3HW, examples)
         found = replace(found, valid_B=found.valid_B & torch.tensor([code not in self.masked for code in codes]))
         self.seen.codes += codes
