@@ -269,7 +269,8 @@ class Replayer:
         return {f"{POLICY_GRADIENT}/{name}": value for name, value in {"taking_part": share, **means}.items()}
 
     def _played(self, replays: Sequence[Replay]) -> Iterator[Replay]:
-        return (replay for replay in replays if self.model.sharded or bool(replay.taking_part_B.any()))
+        # Counted, not asked by `any`: a plan without values takes that for a question about what is wrong.
+        return (replay for replay in replays if self.model.sharded or int(replay.taking_part_B.sum()))
 
 
 def merged(reports: Sequence[StepReport], seconds: Mapping[str, float]) -> StepReport:
