@@ -162,7 +162,8 @@ def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]
         ]
     fits = "fits into" if found.fits(device_bytes) else "WILL NOT FIT into"
     lines += [
-        f"  it {fits} {device_bytes / 1e9:.0f} GB, {100 * RESERVE:.0f} % of it left to allocator and libraries",
+        f"  it {fits} {device_bytes / 1e9:.0f} GB, {100 * RESERVE:.0f} % of it left to allocator and libraries"
+        + (", as far as it is counted" if found.uncounted else ""),
         f"  {_operations(found.operations)} a step: {_duration(found.operations / rate)} at an assumed"
         f" {rate / 1e12:.0f} TFLOP/s",
         f"  predicted from shapes, not measured; assumed: {', '.join(found.assumed)}",

@@ -18,7 +18,7 @@ from rewardgen import plugins, sources
 from rewardgen.config import Experiment
 from rewardgen.errors import ConfigError, UserError
 from rewardgen.flow.stochastic import Kernel
-from rewardgen.objective import FlowMatchingConfig, ObjectiveConfig, TermConfig
+from rewardgen.objective import FlowMatchingConfig, ObjectiveConfig, TermConfig, learns_from_samples
 from rewardgen.policy import Policy
 from rewardgen.policy_gradient import GrpoConfig, NftConfig
 from rewardgen.reward import Reward
@@ -123,7 +123,7 @@ def make_rewards(experiment: Experiment) -> tuple[dict[str, Reward], list[str]]:
     for name, term in experiment.objective.rewards.items():
         cls = plugins.resolve("rewards", term.use)
         reward: Reward = _blueprint(f"objective.rewards.{name}", "rewards", term)
-        if not reward.differentiable and not hasattr(cls, "blueprint"):
+        if not cls.differentiable and learns_from_samples(term, cls) and not hasattr(cls, "blueprint"):
             reward = Unasked(reward)
             uncounted.append(f"what reward '{name}' takes to score a sample ({cls.__name__} has no blueprint)")
         rewards[name] = reward

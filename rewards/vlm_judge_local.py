@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rewardgen.reward import Reward
+from rewardgen.rewards.judging.blueprint import take_shapes
 from rewardgen.rewards.judging.fit import Agreement, FitConfig, agreement, fit
 from rewardgen.rewards.judging.local import LocalModel, load_model
 from rewardgen.rewards.judging.questions import load_question
@@ -63,6 +64,26 @@ class LocalVlmJudge(Reward):
         asked = load_question(question)
         weights, processor = load_model(model, getattr(torch, dtype))
         return cls(LocalModel(weights, processor, asked, checkpointing=checkpointing, round_8bit=round_8bit))
+
+    @classmethod
+    def blueprint(
+        cls,
+        model: str,
+        question: str,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        checkpointing: bool = True,
+        round_8bit: bool = True,
+    ) -> LocalVlmJudge:
+        """A judge of the right sizes whose weights mean nothing (`judging.blueprint`); nothing is fetched.
+
+        Raises:
+            ConfigError: the question or the model's processor cannot be used.
+            CheckpointError: the model's sizes are not known.
+        """
+        weights, processor, preprocess = take_shapes(model, getattr(torch, dtype))
+        asked, options = load_question(question), {"checkpointing": checkpointing, "round_8bit": round_8bit}
+        return cls(LocalModel(weights, processor, asked, **options, preprocess=preprocess))
 
     def fit(self, examples: Iterable[Example], folder: Path, config: FitConfig) -> None:
         """Teach this judge labelled pictures and save it to a folder; read that for the taught one. See `judging.fit`.

@@ -70,6 +70,14 @@ class Preprocess:
         return made
 
     @classmethod
+    def of_settings(cls, processor: Any, *, name: str) -> Self:
+        """As `of`, but taking the processor's settings at their word: nothing is computed."""
+        try:
+            return cls._from_settings(processor)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(_unknown(name, processor, str(error))) from error
+
+    @classmethod
     def _from_settings(cls, processor: Any) -> Self:
         if processor.do_pad or not (processor.do_rescale and processor.do_normalize):
             raise ValueError("it pads, or does not normalise")
@@ -104,7 +112,7 @@ class Preprocess:
         # Autocast's bfloat16 is coarser than the 8 bits of a picture.
         with torch.autocast(pixels.device.type, enabled=False):
             pixels = clamp_straight_through(pixels)
-            (rows, columns), (height, width) = pixels.shape[-2:], self._resized(*pixels.shape[-2:])
+            (rows, columns), (height, width) = pixels.shape[-2:], self.resized(*pixels.shape[-2:])
             first = round_8bit and _height_first(rows, columns, height, width, self.kernel)
             (pixels,) = resize(
                 pixels[None], height, width, kernel=self.kernel, round_8bit=round_8bit, height_first=first
@@ -136,7 +144,8 @@ class Preprocess:
             worst = max(worst, float((given - ours).abs().max()) * min(self.std) * 255)
         return worst
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels that a picture is resized to."""
         if not self.size:
             return height, width
         if self.patches is not None:
