@@ -68,6 +68,8 @@ def _answer(func: Any, args: Any, kwargs: Any) -> Any:
         return 1.0 if args[0].is_floating_point() else 1
     if func is _ATEN.equal.default:
         return True
+    if func is _ATEN.nonzero.default and known is None and args[0].dim() == 1:
+        return torch.arange(len(args[0]), device=args[0].device)[:, None]
     if func is _ATEN.index.Tensor:
         args = (args[0], [place for index in args[1] for place in _places(index)])
     try:
@@ -86,9 +88,9 @@ def _places(mask: Tensor | None) -> list[Tensor | None]:
     """Of a mask the indices that it chooses, one tensor for each of its dimensions; another index as it is."""
     if mask is None or mask.dtype != torch.bool:
         return [mask]
-    known = known_integers.value(mask)
-    if known is not None:
-        return [known_integers.faked(places) for places in known.nonzero(as_tuple=True)]
+    places = known_integers.places(mask)
+    if places is not None:
+        return [*places]
     if mask.dim() != 1:
         raise ConfigError("a mask of several dimensions chooses values, which a plan cannot follow")
     return [torch.arange(len(mask), device=mask.device)]

@@ -31,6 +31,16 @@ def value(tensor: Tensor) -> Tensor | None:
     return tensor if type(tensor) is Tensor and tensor.dtype in _INTEGERS else None
 
 
+def places(mask: Tensor) -> list[Tensor] | None:
+    """Where a mask is set, one tensor for each of its dimensions; None where it is not known."""
+    known = value(mask)
+    if known is None:
+        return None
+    with _disable_current_modes():
+        found = known.nonzero(as_tuple=True)
+    return [cast(Tensor, faked(indices)) for indices in found]
+
+
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
     """What an operation gives on the real values: integers, flags, or a plain number; None where it is not known."""
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -55,7 +65,7 @@ def remember(result: Any, known: Any) -> None:
         return
     for leaf, real in zip(tree_flatten(result)[0], tree_flatten(known)[0], strict=True):
         if isinstance(leaf, FakeTensor):
-            leaf._known = real
+            leaf._known = real  # type: ignore[attr-defined]
 
 
 def faked(known: Any) -> Any:

@@ -110,9 +110,10 @@ def draw(
     request = RolloutRequest(
         step=0, examples=examples, seed_B=seed_B, image_size=size, num_steps=rollout.num_steps, stop_step=1
     )
-    prefix: Rollout | None = worker.rollout(request, learner.publish())
+    begun = worker.rollout(request, learner.publish())
     step = observer.take_operations()
-    prefix = _entered(prefix, rollout) if objective.needs_rollout(0) else None
+    prefix = _entered(begun, rollout) if objective.needs_rollout(0) else None
+    del begun
     if config is None:
         return Drawn(prefix=prefix, sample=None, step=step, finish=0, config=None)
     noisy = isinstance(config, GrpoConfig)

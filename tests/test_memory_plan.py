@@ -104,6 +104,7 @@ def test_nothing_of_a_dry_run_stays() -> None:
         assert bool(torch.zeros(2, dtype=torch.bool).all())
         assert not bool(torch.ones(2).isnan().any())
         assert torch.rand(5)[torch.zeros(5, dtype=torch.bool)].shape == (5,)
+        assert torch.zeros(4, dtype=torch.bool).nonzero()[:, 0].shape == (4,)
         assert float(torch.zeros(4).numpy().sum()) == 0
     assert not isinstance(_remembered(), FakeTensor)
     assert nn.Linear(2, 2).to(torch.float64).weight.dtype == torch.float64

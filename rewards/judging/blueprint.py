@@ -88,7 +88,7 @@ class QwenStandIn:
         return "-" * 40 * (len(messages) + 1) + "".join(texts)
 
     def __call__(self, images: Sequence[Image.Image], text: Sequence[str], **_: Any) -> dict[str, Tensor]:
-        side, merged, _ = self.preprocess.patches or (1, 1, 1)
+        side, merged = (self.preprocess.patches or (1, 1, 1))[:2]
         grids, ids = [], list[int]()
         for index, words in enumerate(text[0].split(self.image_token)):
             if index:
