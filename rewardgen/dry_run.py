@@ -103,6 +103,20 @@ def _black(tensor: Tensor) -> Any:
     return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
 
+_tensor = torch.tensor
+
+
+def _tensor_of_numbers(data: Any, **options: Any) -> Tensor:
+    """`torch.tensor`, which would look into the memory of tensors that stand in a list."""
+    return _tensor(_as_numbers(data), **options)
+
+
+def _as_numbers(data: Any) -> Any:
+    if isinstance(data, list | tuple) and any(isinstance(part, Tensor | list | tuple) for part in data):
+        return [part.tolist() if isinstance(part, Tensor) else _as_numbers(part) for part in data]
+    return data
+
+
 @contextmanager
 def dry() -> Iterator[None]:
     """Tensors made within have no memory. What functions remembered within is forgotten."""
@@ -114,6 +128,7 @@ def dry() -> Iterator[None]:
             FakeTensorMode(allow_non_fake_inputs=True),
             _Answers(),  # type: ignore[no-untyped-call]
             mock.patch.object(Tensor, "numpy", _black),
+            mock.patch.object(torch, "tensor", _tensor_of_numbers),
             mock.patch.object(nn.Module, "_apply", _apply),
             warnings.catch_warnings(),
         ):

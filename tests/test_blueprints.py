@@ -154,6 +154,7 @@ def test_integers_of_integers_are_known() -> None:
         assert torch.zeros(2, 3)[late].shape == (3,)
         assert late.nonzero().tolist() == [[1, 0], [1, 1], [1, 2]]
         assert torch.tensor([7, 9]).repeat_interleave(torch.tensor([1, 2])).tolist() == [7, 9, 9]
+        assert torch.tensor([places[1, 0] + 1, 8]).tolist() == [4, 8]
         places[0] += 10
         assert places.sum().item() == 45
         # What comes from a picture, from chance or from a mere flag is not.
