@@ -55,12 +55,9 @@ CASES: dict[str, tuple[str, ...]] = {
         "objective.policy_gradient={kind: nft, num_generations: 2, times_per_sample: 3}",
     ),
     "a floor at the base's value": (
-        "objective.rewards.content={use: structure, floor: {base: 0.5, steps: 1}, multiplier: {initial: 1.0}}",
+        "objective.rewards.kept={use: structure, floor: {base: 0.5, steps: 1}, multiplier: {initial: 1.0}}",
     ),
-    "two rewards, two micro-batches": (
-        "objective.rewards.content={use: structure, weight: 1.0}",
-        *("train.batch_size=2", "train.accumulation=2", "train.term_grad_norms=false"),
-    ),
+    "two micro-batches": ("train.batch_size=2", "train.accumulation=2"),
     "two entries": ("rollout.entries_per_rollout=2", "rollout.window={kind: refl, entry_range: [3, 4]}"),
 }
 TOLERANCE = 0.1
