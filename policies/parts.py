@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,12 +110,18 @@ class Sources:
 
 
 def load_parts(
-    base: str | Sources, siglip: str | None = None, *, dtype: torch.dtype = torch.float32, encoders: bool = True
+    base: str | Sources,
+    siglip: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    encoders: bool = True,
+    transformer: Callable[[int, torch.dtype], FluxTransformer2DModel] | None = None,
 ) -> FluxParts:
     """Load the parts of a FLUX.1 policy: those of a `FluxPipeline` folder and a SigLIP vision model, or from `Sources`.
 
     Args:
         encoders: False leaves out text encoders and SigLIP.
+        transformer: makes one, of the autoencoder's number of channels and `dtype`, in place of reading it.
 
     Raises:
         CheckpointError: a part is missing, unreadable, incomplete or of another shape, or its repository is closed.
@@ -125,13 +131,16 @@ def load_parts(
 
     sources = base if isinstance(base, Sources) else Sources(base=base, siglip=siglip)
     singles: dict[str, Any] = {"transformer": official.load_transformer, "vae": official.load_vae}
-    models = {}
-    for part, kind in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL)):
+    models: dict[str, Any] = {}
+    kinds = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
+    for part in ("vae",) if transformer is not None else kinds:
         source, subfolder = sources.place(part)
         if not subfolder and (source.endswith(SINGLE_FILE) or ":" in source):
             models[part] = singles[part](resolve_file(source), dtype=dtype)
         else:
-            models[part] = _load(kind, source, subfolder, torch_dtype=dtype)
+            models[part] = _load(kinds[part], source, subfolder, torch_dtype=dtype)
+    if transformer is not None:
+        models["transformer"] = transformer(int(models["vae"].config.latent_channels), dtype)
     text = load_text(sources, dtype) if encoders else {}
     vision = load_siglip(sources.siglip, dtype) if encoders and sources.siglip is not None else None
     return FluxParts(**models, **text, siglip=vision)

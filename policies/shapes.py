@@ -149,7 +149,7 @@ def _in_hub_cache(source: str, inside: str) -> Path | None:
 
 
 def configs_of(sources: Sources) -> dict[str, Config]:
-    """Sizes of all parts that `sources` name; those of a single file are read from its tensors' shapes, not its values.
+    """Sizes of all parts that `sources` name. A single file is taken to have the released sizes (`SINGLE_FILES`).
 
     Raises:
         CheckpointError: the sizes of a part are not known.
@@ -158,7 +158,7 @@ def configs_of(sources: Sources) -> dict[str, Config]:
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         source, subfolder = sources.place(part)
         if part in SINGLE_FILES and not subfolder and source.endswith(SINGLE_FILE):
-            # The released files hold the released sizes; another one is told apart when it is loaded.
+            # Nothing of the file is looked at; one of other sizes is told apart when it is loaded.
             configs[part] = SINGLE_FILES[part]
         else:
             configs[part] = config_of(source, subfolder)

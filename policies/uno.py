@@ -18,6 +18,7 @@ from rewardgen.policies import official, shapes
 from rewardgen.policies.attention import check_backend
 from rewardgen.policies.conditions import Reference, UsoCondition
 from rewardgen.policies.encoders import late_encoders
+from rewardgen.policies.encoding_only import take_encoders
 from rewardgen.policies.encodings import EncodingStore
 from rewardgen.policies.flux import DTYPES, BaseDtype, FluxPolicy, Schedule, VaeEncode, check_choice
 from rewardgen.policies.frozen import check_frozen
@@ -189,6 +190,19 @@ class UnoPolicy(FluxPolicy):
         policy = cls(parts, **options)
         policy.hold_base(base_dtype, offload=offload)
         return policy
+
+    @classmethod
+    def encoding_only(cls, base: str | None, **options: Any) -> Self:
+        """A policy that encodes as `from_pretrained`'s with these arguments would, and can do nothing else.
+
+        Its DiT is neither read nor held, so that a device needs room for the encoders alone.
+
+        Raises:
+            CheckpointError: a part is missing, damaged or of another layout.
+            ConfigError: `encodings` names no folder.
+        """
+        parts = take_encoders(base, options)
+        return cls(parts, **options)
 
     def encode(self, examples: Sequence[Example]) -> UsoCondition:
         """Encode prompts and references; what was encoded before comes from memory.

@@ -1,7 +1,8 @@
 """Running real code on tensors that have a shape and a place but no memory, and counting what it would take.
 
 torch's fake tensors carry shapes through every operation, also backwards and under autocast. What they cannot do is
-answer for values; here those answers are made up, so that code which looks at its numbers runs to its end.
+answer for values. Positions, sizes and tokens are integers made of integers alone: their values are carried along
+(`known_integers.py`). All other answers are made up, so that code which looks at its numbers runs to its end.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rewardgen import known_integers
 from rewardgen.errors import ConfigError
 from rewardgen.measure import LiveBytes, OperationCounter
 
 
 class Observer(TorchDispatchMode):
-    """Counts bytes and operations. One mode for both: each costs as much as the operations themselves."""
+    """Counts bytes and operations within `dry`. One mode for both: each costs as much as the operations themselves."""
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -38,7 +40,7 @@ class Observer(TorchDispatchMode):
         return total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = _answer(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
         self.memory.see(result)
         self._counter.count(func, args, kwargs or {}, result)
         return result
@@ -55,28 +57,43 @@ _ATEN = torch.ops.aten
 
 
 def _answer(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation gives. Code asks for values that are not there: numbers are 1, flags are up, masks choose
+    """What an operation gives. Where code asks for values that are not known, numbers are 1, flags are up, masks choose
     everything; but `any` finds nothing, since it is asked about what is wrong."""
+    known = known_integers.compute(func, args, kwargs)
+    if func in (_ATEN._local_scalar_dense.default, _ATEN.equal.default) and known is not None:
+        return known
     if func is _ATEN._local_scalar_dense.default:
         if args[0].dtype == torch.bool:
             return not hasattr(args[0], "_of_any")
         return 1.0 if args[0].is_floating_point() else 1
     if func is _ATEN.equal.default:
         return True
+    if func is _ATEN.nonzero.default and known is None and args[0].dim() == 1:
+        return torch.arange(len(args[0]), device=args[0].device)[:, None]
     if func is _ATEN.index.Tensor:
-        args = (args[0], [_all(index) if index is not None else None for index in args[1]])
-    result = func(*args, **kwargs)
-    if func.overloadpacket is _ATEN.any:
+        args = (args[0], [place for index in args[1] for place in _places(index)])
+    try:
+        result = func(*args, **kwargs)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        if known is None:
+            raise
+        result = known_integers.faked(known)
+    known_integers.remember(result, known)
+    if known is None and func.overloadpacket is _ATEN.any:
         result._of_any = True
     return result
 
 
-def _all(mask: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
+def _places(mask: Tensor | None) -> list[Tensor | None]:
+    """Of a mask the indices that it chooses, one tensor for each of its dimensions; another index as it is."""
+    if mask is None or mask.dtype != torch.bool:
+        return [mask]
+    places = known_integers.places(mask)
+    if places is not None:
+        return [*places]
     if mask.dim() != 1:
         raise ConfigError("a mask of several dimensions chooses values, which a plan cannot follow")
-    return torch.arange(len(mask), device=mask.device)
+    return [torch.arange(len(mask), device=mask.device)]
 
 
 def _black(tensor: Tensor) -> Any:
@@ -86,17 +103,32 @@ def _black(tensor: Tensor) -> Any:
     return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
 
+_tensor = torch.tensor
+
+
+def _tensor_of_numbers(data: Any, **options: Any) -> Tensor:
+    """`torch.tensor`, which would look into the memory of tensors that stand in a list."""
+    return _tensor(_as_numbers(data), **options)
+
+
+def _as_numbers(data: Any) -> Any:
+    if isinstance(data, list | tuple) and any(isinstance(part, Tensor | list | tuple) for part in data):
+        return [part.tolist() if isinstance(part, Tensor) else _as_numbers(part) for part in data]
+    return data
+
+
 @contextmanager
 def dry() -> Iterator[None]:
     """Tensors made within have no memory. What functions remembered within is forgotten."""
     _forget()
     quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # what fails is raised, or told as not counted
     try:
         with (
             FakeTensorMode(allow_non_fake_inputs=True),
             _Answers(),  # type: ignore[no-untyped-call]
             mock.patch.object(Tensor, "numpy", _black),
+            mock.patch.object(torch, "tensor", _tensor_of_numbers),
             mock.patch.object(nn.Module, "_apply", _apply),
             warnings.catch_warnings(),
         ):

@@ -56,7 +56,8 @@ class Learner:
         ema_decay: decay of the average of the weights, None for none.
         max_nonfinite_steps: the run stops after so many non-finite gradients in a row.
         term_grad_norms: report each reward's own gradient norm. With several rewards this costs one backward pass
-            through the policy for each; without it they share one, where the step is a single micro-batch.
+            through the policy for each; without it they share one, where the step is a single micro-batch entered
+            once. Of several, each term's sum is kept apart until its number of valid scores in the whole step is known.
         processes: all that train this policy, each with a learner of its own; by default this one alone. They start
             with equal weights (see `sharding.spread`) and stay equal.
     """

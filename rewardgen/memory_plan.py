@@ -11,24 +11,33 @@ Arithmetic is planned as on the CPU, whose autocast casts slightly less to float
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewardgen import plugins, sources
+from rewardgen.base_policy import split_state
 from rewardgen.config import Experiment
+from rewardgen.distributed import Processes
 from rewardgen.dry_run import Observer, dry
 from rewardgen.errors import ConfigError, UserError
 from rewardgen.learner import Learner, MicroBatch
+from rewardgen.measure import LiveBytes
 from rewardgen.objective import FLOW_MATCHING, Objective
-from rewardgen.policy import Policy
+from rewardgen.planned import (
+    any_noise,
+    at_once,
+    examples_for,
+    image_size,
+    make_policy,
+    make_rewards,
+    make_witnesses,
+    takes_styles,
+)
+from rewardgen.planned_draws import draw, size_of
 from rewardgen.reward import Reward
-from rewardgen.rollout import RolloutWorker
-from rewardgen.settings import Plugin
-from rewardgen.types import Example, Rollout, RolloutRequest
 
 RESERVE = 0.1
 """Share of a device's memory that a plan leaves to allocators, libraries and the device's context."""
@@ -47,10 +56,13 @@ class Plan:
         gradients: bytes of the gradients that are kept for each term of the loss, at most.
         peak: most bytes alive at once, all of the above included.
         encoding_peak: the same while prompts and references are encoded.
-        operations: multiplications and additions of a whole optimizer step, with recomputed activations.
+        operations: multiplications and additions of a whole training step, with recomputed activations; of all its
+            updates, where several are made on the same samples.
         encoding_operations: of encoding one batch, which is done once for each prompt and picture.
         offloaded: bytes of weights in CPU memory, on top of all that; each pass of the model copies them over.
+        drawn: bytes that are kept of all that is drawn for a step, within `peak`.
         assumed: what the plan took for granted, in words.
+        uncounted: what comes on top and is in none of the figures, in words.
     """
 
     resident: Mapping[str, int]
@@ -61,6 +73,8 @@ class Plan:
     encoding_operations: float
     assumed: tuple[str, ...]
     offloaded: int = 0
+    drawn: int = 0
+    uncounted: tuple[str, ...] = ()
 
     @property
     def needed(self) -> int:
@@ -75,43 +89,66 @@ class Plan:
 def plan(experiment: Experiment) -> Plan:
     """Plan a train step of one process of an experiment, with one content and one style reference for each example.
 
-    A policy whose `takes_styles` is False gets no style reference.
+    A policy whose `takes_styles` is False gets no style reference. All terms of the objective that ever take part are
+    taken to do so in this step (`planned.at_once`).
 
     Raises:
         UserError: the policy cannot say its sizes without its weights, or something does not fit together.
     """
-    with dry():
-        policy = _policy(experiment.policy)
-        policy.enable_checkpointing(experiment.train.gradient_checkpointing)
-        taken = "content and one style" if _takes_styles(policy) else "content"
-        rewards, assumed = {}, [f"one {taken} reference for each example"]
-        if experiment.train.strategy == "fsdp":
-            assumed.append("the model whole on one device, where fsdp holds a part on each")
-        for name, term in experiment.objective.rewards.items():
-            rewards[name] = _reward(f"objective.rewards.{name}", term)
+    train = experiment.train
+    with dry(), any_noise():
+        policy = make_policy(experiment.policy)
+        policy.enable_checkpointing(train.gradient_checkpointing)
+        rewards, unasked = make_rewards(experiment)
+        witnesses, unmade = make_witnesses(experiment)
         learner = Learner(
             policy,
-            Objective(experiment.objective, rewards),
+            Objective(at_once(experiment.objective), rewards),
             optimizer=experiment.optimizer,
             window=experiment.rollout.window,
-            precision=experiment.train.precision,
-            ema_decay=experiment.train.ema_decay,
-            term_grad_norms=experiment.train.term_grad_norms,
+            precision=train.precision,
+            ema_decay=train.ema_decay,
+            # The one micro-batch that is walked stands for several, which never share a backward pass.
+            term_grad_norms=train.term_grad_norms or train.accumulation > 1,
+            processes=(mark := _Mark()),
         )
         try:
-            return _walk(experiment, learner, assumed)
+            found = _walk(experiment, learner, witnesses, mark)
         except UserError:
             raise
         except Exception as error:
             # A plug-in that looks at its numbers in a way that made-up ones do not satisfy.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(f"a step cannot be planned from shapes alone: {reason}") from error
+        assumed, uncounted = tuple(_assumed(experiment, learner)), (*unasked, *unmade, *_left_out(experiment))
+        return dataclasses.replace(found, assumed=assumed, uncounted=uncounted)
+
+
+def _assumed(experiment: Experiment, learner: Learner) -> Iterator[str]:
+    taken = "content and one style" if takes_styles(learner.policy) else "content"
+    yield f"one {taken} reference for each example"
+    if len(learner.objective.rewards) > 1:
+        yield "every term of the objective at once"
+    if experiment.rollout.buckets:
+        yield f"every picture of {' x '.join(map(str, image_size(experiment)))} pixels"
+    if experiment.train.strategy == "fsdp":
+        yield "the model whole on one device, where fsdp holds a part on each"
+    if experiment.train.compile:
+        yield "blocks that are not compiled"
+
+
+def _left_out(experiment: Experiment) -> Iterator[str]:
+    at_a_time = experiment.evaluation.batch_size
+    if at_a_time > experiment.train.batch_size:
+        yield f"evaluation, which draws {at_a_time} pictures at a time without gradient (evaluation.batch_size)"
 
 
 def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]:
     """The plan in lines of text, for a device of so many bytes and so many operations a second."""
-    rest = found.peak - sum(found.resident.values()) - found.gradients
-    rows = {**found.resident, "gradients, by term of the loss": found.gradients, "activations and temporaries": rest}
+    rest = max(0, found.peak - sum(found.resident.values()) - found.gradients - found.drawn)
+    rows = {**found.resident, "gradients, by term of the loss": found.gradients}
+    rows |= {"what is drawn for a step": found.drawn} if found.drawn else {}
+    rows |= {"activations and temporaries": rest}
     width = max(map(len, rows))
     lines = [f"  {name:<{width}}  {_gigabytes(size)}" for name, size in rows.items()]
     lines += [f"  {'a train step needs':<{width}}  {_gigabytes(found.peak)}"]
@@ -125,12 +162,13 @@ def render(found: Plan, *, device_bytes: float, rate: float = RATE) -> list[str]
         ]
     fits = "fits into" if found.fits(device_bytes) else "WILL NOT FIT into"
     lines += [
-        f"  it {fits} {device_bytes / 1e9:.0f} GB, {100 * RESERVE:.0f} % of it left to allocator and libraries",
+        f"  it {fits} {device_bytes / 1e9:.0f} GB, {100 * RESERVE:.0f} % of it left to allocator and libraries"
+        + (", as far as it is counted" if found.uncounted else ""),
         f"  {_operations(found.operations)} a step: {_duration(found.operations / rate)} at an assumed"
         f" {rate / 1e12:.0f} TFLOP/s",
         f"  predicted from shapes, not measured; assumed: {', '.join(found.assumed)}",
     ]
-    return lines
+    return [*lines, *(f"  NOT COUNTED: {what}" for what in found.uncounted)]
 
 
 def _gigabytes(size: float) -> str:
@@ -145,61 +183,81 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _walk(experiment: Experiment, learner: Learner, assumed: Iterable[str]) -> Plan:
-    """Encode, draw one step without gradient, learn."""
-    rollout, train, policy = experiment.rollout, experiment.train, learner.policy
+class _Mark(Processes):
+    """The only process of a plan, which notices where a step has all its sums and only the update is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: LiveBytes | None = None
+        self.peak = 0
+        """Most bytes alive before the update of the latest step that was watched."""
+
+    def exchange(self, topic: str, value: Any = None) -> list[Any]:
+        if self.memory is not None and topic.startswith("the sums of"):
+            self.peak = self.memory.peak
+            self.memory.reset_peak()
+        return super().exchange(topic, value)
+
+
+def _walk(experiment: Experiment, learner: Learner, witnesses: Mapping[str, Reward], mark: _Mark) -> Plan:
+    """Encode, draw one denoising step and one sample without gradient, learn."""
+    train, policy, objective = experiment.train, learner.policy, learner.objective
     _begin_optimizer(learner)
-    low, high = rollout.window.entry_bounds(rollout.num_steps)
-    examples = [_example(index, rollout.image_size) for index in range(train.batch_size)]
-    if not _takes_styles(policy):
-        examples = [dataclasses.replace(example, style_refs=()) for example in examples]
-    terms: list[Any] = [experiment.objective.flow_matching, *experiment.objective.rewards.values()]
-    step = max(term.start_step for term in terms)  # from here on all take part
-    rewards = learner.objective.rewards.values()
-    known = [*_tensors(policy), *(tensor for reward in rewards for tensor in _tensors(reward))]
+    size = image_size(experiment)
+    examples = examples_for(policy, train.batch_size, size)
+    known = [
+        tensor for module in (policy, *objective.rewards.values(), *witnesses.values()) for tensor in _tensors(module)
+    ]
     with Observer([*known, *learner.state()[0].values()]) as observer:
         policy.encode(examples)
         encoding, encoding_peak = observer.take_operations(), observer.memory.peak
         if release := getattr(policy, "release_encoders", None):
             release()
-        resident, before = _resident(learner), observer.memory.live
+        resident, before = _resident(learner, witnesses), observer.memory.live
         observer.memory.reset_peak()
-        drawn = _draw(experiment, learner, examples, low) if learner.objective.needs_rollout(step) else None
-        evaluation = observer.take_operations()
-        seeds = tuple(range(len(examples)))
-        batch = MicroBatch(examples=examples, seed_B=seeds, image_size=rollout.image_size, rollout=drawn)
-        learner.step([batch], step=step)
-        learning = observer.take_operations()
-    operations = train.accumulation * (learning + evaluation * (low + high) / 2)
-    trained = sum(_size(p) for p in policy.trainable().values())
-    held = len(learner.objective.active_rewards(step)) + (learner.objective.weight(FLOW_MATCHING, step) > 0)
+        drawn = draw(experiment, learner, examples, size, observer)
+        samples = () if drawn.sample is None else (drawn.sample,) * 2  # one alone has nobody to be compared with
+        batch = MicroBatch(
+            examples=examples,
+            seed_B=tuple(range(len(examples))),
+            image_size=size,
+            rollout=drawn.prefix,
+            samples=samples,
+        )
+        mark.memory = observer.memory
+        learner.step([batch], step=0)
+        everything, update_peak, mark.memory = observer.take_operations(), observer.memory.peak, None
+        if samples:
+            learner.step([dataclasses.replace(batch, rollout=None)], step=1)
+        replays = observer.take_operations()
+    if samples and not replays:
+        raise ConfigError("a step cannot be planned from shapes alone: no sample was learned from")
+    trained = sum(size_of(p) for p in policy.trainable().values())
+    held = trained * _terms(experiment, learner)
+    kept = drawn.kept(experiment)
+    operations = drawn.operations(experiment, everything - replays, replays / max(1, len(samples)))
+    # While a second micro-batch makes its gradients, the sums of the first one's are there too.
+    making_peak = (mark.peak or update_peak) + (held if train.accumulation > 1 else 0)
     return Plan(
         resident=resident | {"encodings of the batch": before - sum(resident.values())},
-        gradients=held * trained * (1 + (train.accumulation > 1)),
-        # While a second micro-batch makes its gradients, the sums of the first one's are there too.
-        peak=observer.memory.peak + (held * trained if train.accumulation > 1 else 0),
+        gradients=held * (1 + (train.accumulation > 1)),
+        drawn=kept,
+        peak=max(making_peak, update_peak) + kept - drawn.walked,
         encoding_peak=encoding_peak,
-        operations=operations,
+        operations=train.accumulation * operations,
         encoding_operations=encoding,
-        assumed=tuple(assumed),
+        assumed=(),
         offloaded=int(getattr(policy, "offloaded_bytes", 0)),
     )
 
 
-def _draw(experiment: Experiment, learner: Learner, examples: list[Example], entry: int) -> Rollout:
-    """A rollout of a single step that says it has taken as many as the longest window leaves."""
-    rollout = experiment.rollout
-    request = RolloutRequest(
-        step=0,
-        examples=examples,
-        seed_B=tuple(range(len(examples))),
-        image_size=rollout.image_size,
-        num_steps=rollout.num_steps,
-        stop_step=1,
-    )
-    worker = RolloutWorker(learner.policy, precision=experiment.train.precision)
-    drawn = worker.rollout(request, learner.publish())
-    return dataclasses.replace(drawn, trajectory=dataclasses.replace(drawn.trajectory, entry_step=entry))
+def _terms(experiment: Experiment, learner: Learner) -> int:
+    """How many gradients of the trained parameters are kept while a step is made."""
+    train, objective = experiment.train, learner.objective
+    rewards = sum(objective.weight(name, 0) > 0 for name in objective.active_rewards(0))
+    shared = train.accumulation == 1 and not train.term_grad_norms and experiment.rollout.entries_per_rollout == 1
+    others = (objective.weight(FLOW_MATCHING, 0) > 0) + bool(objective.active_samples(0))
+    return (min(1, rewards) if shared else rewards) + others
 
 
 def _begin_optimizer(learner: Learner) -> None:
@@ -211,65 +269,30 @@ def _begin_optimizer(learner: Learner) -> None:
     learner.load_state(tensors | moments, state)
 
 
-def _resident(learner: Learner) -> dict[str, int]:
-    """Bytes by part: the policy's modules, what is trained of them, the optimizer's moments, averages, rewards."""
+def _resident(learner: Learner, witnesses: Mapping[str, Reward]) -> dict[str, int]:
+    """Bytes by part: the policy's modules, what is trained of them, the optimizer's moments, averages, rewards.
+
+    Witnesses too: they lie there while the policy trains.
+    """
     trained = {id(parameter) for parameter in learner.policy.trainable().values()}
     parts: dict[str, int] = {}
     for name, child in learner.policy.named_children():
-        if size := sum(_size(tensor) for tensor in _tensors(child) if id(tensor) not in trained):
+        if size := sum(size_of(tensor) for tensor in _tensors(child) if id(tensor) not in trained):
             parts[f"{name}, frozen"] = size
-    parts["trained parameters"] = sum(_size(p) for p in learner.policy.trainable().values())
+    parts["trained parameters"] = sum(size_of(p) for p in learner.policy.trainable().values())
     tensors = learner.state()[0]
     for label, prefix in (("AdamW's moments", "adamw/"), ("averaged weights", "average/")):
-        if size := sum(_size(tensor) for name, tensor in tensors.items() if name.startswith(prefix)):
+        if size := sum(size_of(tensor) for name, tensor in tensors.items() if name.startswith(prefix)):
             parts[label] = size
-    for name, reward in learner.objective.rewards.items():
-        if size := sum(map(_size, _tensors(reward))):
-            parts[f"reward {name}"] = size
+    if size := sum(map(size_of, split_state(tensors)[1].values())):
+        parts["trained parameters, as at the start"] = size
+    for kind, rewards in (("reward", learner.objective.rewards), ("witness", witnesses)):
+        for name, reward in rewards.items():
+            if size := sum(map(size_of, _tensors(reward))):
+                parts[f"{kind} {name}"] = size
     return parts
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _takes_styles(policy: Policy) -> bool:
-    return bool(getattr(policy, "takes_styles", True))
-
-
-def _example(index: int, image_size: tuple[int, int]) -> Example:
-    content, style, target = (torch.zeros(3, *image_size) for _ in range(3))
-    return Example(id=str(index), prompt="a picture", content_refs=(content,), style_refs=(style,), target=target)
-
-
-def _policy(plugin: Plugin) -> Policy:
-    made: Policy = _blueprint("policy", "policies", plugin)
-    return made
-
-
-def _reward(path: str, plugin: Plugin) -> Reward:
-    made: Reward = _blueprint(path, "rewards", plugin)
-    return made
-
-
-def _blueprint(path: str, kind: plugins.Kind, plugin: Plugin) -> Any:
-    """A plug-in of the right sizes: its `blueprint` where it has one, else the thing itself, where it is here."""
-    cls = plugins.resolve(kind, plugin.use)
-    target = plugins.factory(cls)
-    args = plugins.check_args(target, sources.materialise(plugin.args, f"{path}.args", fetch=False), f"{path}.args")
-    if hasattr(cls, "blueprint"):
-        return cls.blueprint(**args)
-    missing = [s.text for s in sources.find_sources(plugin.args, f"{path}.args") if s.location is None]
-    if missing:
-        raise ConfigError(f"{path}: {cls.__name__} cannot be planned before {', '.join(missing)} is here")
-    try:
-        return target(**args)
-    except UserError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{path}: {cls.__name__} cannot be made without weights ({type(error).__name__})") from error

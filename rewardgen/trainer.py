@@ -70,7 +70,9 @@ class TrainConfig(Settings):
     max_nonfinite_steps: int = Field(default=5, ge=1)
     """The run stops after so many non-finite gradients in a row; single ones are skipped and counted."""
     term_grad_norms: bool = True
-    """Report each reward's own gradient norm. With several rewards: one backward pass through the policy for each."""
+    """Report each reward's own gradient norm. With several rewards: one backward pass through the policy for each.
+    False lets them share one, but only where `accumulation` and `rollout.entries_per_rollout` are 1: with more, what
+    each reward's gradient is divided by (its valid scores in the whole step) is not known before the last pass."""
     prompt_dropout: float = Field(default=0.1, ge=0, le=1)
     """Probability that a flow-matching example loses its prompt. Rollouts lose nothing."""
     content_dropout: float = Field(default=0.0, ge=0, le=1)

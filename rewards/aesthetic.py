@@ -12,6 +12,8 @@ from rewardgen.rewards.heads import linear_head
 from rewardgen.rewards.image_processor import load_image_processor
 from rewardgen.rewards.loading import load_model, read_tensors
 from rewardgen.rewards.picture_encoder import PictureEncoder
+from rewardgen.rewards.sizes import config_of, processor_of
+from rewardgen.rewards.sizes import head as released_head
 from rewardgen.types import Example, Score
 
 
@@ -47,6 +49,20 @@ class AestheticReward(Reward):
         siglip = load_model(SiglipVisionModel, model)
         layers = linear_head(f"aesthetic head {head}", tensors, "scoring_head.", int(siglip.config.hidden_size))
         return cls(PictureEncoder(Pooled(siglip), load_image_processor(model)), layers)
+
+    @classmethod
+    def blueprint(cls, head: str, *, model: str) -> AestheticReward:
+        """A reward of the right sizes whose weights mean nothing; nothing is fetched.
+
+        Raises:
+            CheckpointError: the model's sizes are not known.
+        """
+        from transformers import SiglipVisionModel
+
+        config = config_of(model)
+        vision = getattr(config, "vision_config", config)
+        encoder = PictureEncoder(Pooled(SiglipVisionModel(vision)), processor_of(model, vision))
+        return cls(encoder, released_head(int(vision.hidden_size)))
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         feature_BD = self.encoder.embed(pixels_B3HW)

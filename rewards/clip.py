@@ -37,6 +37,15 @@ class ClipReward(Reward):
         """Read a CLIP folder or hub repository (`ClipEncoder.from_pretrained`)."""
         return cls(ClipEncoder.from_pretrained(model), against=against)
 
+    @classmethod
+    def blueprint(cls, model: str, *, against: Literal["prompt"] | References = "prompt") -> ClipReward:
+        """A reward of the right sizes whose weights mean nothing; nothing is fetched.
+
+        Raises:
+            CheckpointError: the model's sizes are not known.
+        """
+        return cls(ClipEncoder.blueprint(model), against=against)
+
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         if self.against == "prompt":
             return self.encoder.compare_prompt(pixels_B3HW, examples)

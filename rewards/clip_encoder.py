@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rewardgen.errors import CheckpointError
 from rewardgen.rewards.cache import TensorCache
 from rewardgen.rewards.image_processor import load_image_processor
 from rewardgen.rewards.loading import load_model, load_pretrained
 from rewardgen.rewards.picture_encoder import PictureEncoder
+from rewardgen.rewards.sizes import BlankTokenizer, config_of, processor_of
 from rewardgen.transfer import to_device
 from rewardgen.types import Example, Score
 
@@ -59,6 +61,16 @@ class ClipEncoder(nn.Module):
 
         place = model if processor is None else processor
         return cls(load_model(CLIPModel, model), load_pretrained(AutoTokenizer, place), load_image_processor(place))
+
+    @classmethod
+    def blueprint(cls, model: str) -> ClipEncoder:
+        """Of the right sizes, with weights that mean nothing. Raises CheckpointError where they are not known."""
+        from transformers import CLIPModel
+
+        config = config_of(model)
+        if config.model_type != "clip":
+            raise CheckpointError(f"{model} is a '{config.model_type}', not a 'clip'")
+        return cls(CLIPModel(config), cast(Any, BlankTokenizer()), processor_of(model, config.vision_config))
 
     @property
     def temperature(self) -> Tensor:

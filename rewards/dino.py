@@ -11,6 +11,7 @@ from rewardgen.reward import Reward
 from rewardgen.rewards.image_processor import load_image_processor
 from rewardgen.rewards.loading import load_model, load_pretrained
 from rewardgen.rewards.picture_encoder import PictureEncoder, References
+from rewardgen.rewards.sizes import config_of, processor_of
 from rewardgen.types import Example, Score
 
 _OPTIONS: dict[str, dict[str, bool]] = {"vit": {"add_pooling_layer": False}, "dinov2": {}, "dinov2_with_registers": {}}
@@ -50,15 +51,30 @@ class DinoReward(Reward):
         from transformers import AutoConfig, AutoModel
 
         kind = load_pretrained(AutoConfig, model).model_type
-        if kind not in _OPTIONS:
-            raise CheckpointError(
-                f"{model} is a '{kind}'; DINO is a 'vit', DINOv2 a 'dinov2' or 'dinov2_with_registers'"
-            )
-        network = ClassToken(load_model(AutoModel, model, **_OPTIONS[kind]))
+        network = ClassToken(load_model(AutoModel, model, **_options(model, kind)))
         return cls(PictureEncoder(network, load_image_processor(model)), against=against)
+
+    @classmethod
+    def blueprint(cls, model: str, *, against: References = "content") -> DinoReward:
+        """A reward of the right sizes whose weights mean nothing (`sizes.config_of`); nothing is fetched.
+
+        Raises:
+            CheckpointError: the model's sizes are not known, or it is another kind of model.
+        """
+        from transformers import AutoModel
+
+        config = config_of(model)
+        network = ClassToken(AutoModel.from_config(config, **_options(model, config.model_type)))
+        return cls(PictureEncoder(network, processor_of(model, config)), against=against)
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         return self.encoder.compare(pixels_B3HW, examples, self.against)
+
+
+def _options(model: str, kind: str) -> dict[str, bool]:
+    if kind not in _OPTIONS:
+        raise CheckpointError(f"{model} is a '{kind}'; DINO is a 'vit', DINOv2 a 'dinov2' or 'dinov2_with_registers'")
+    return _OPTIONS[kind]
 
 
 class ClassToken(nn.Module):

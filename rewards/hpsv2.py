@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from rewardgen.reward import Reward
 from rewardgen.rewards.clip_encoder import ClipEncoder
 from rewardgen.rewards.image_processor import ImageProcessor
 from rewardgen.rewards.loading import load_pretrained, model_from, read_tensors, size_of, without_prefix
+from rewardgen.rewards.sizes import CLIP_H, BlankTokenizer, shapes_in
 from rewardgen.types import Example, Score
 
 if TYPE_CHECKING:
@@ -76,6 +77,21 @@ class Hpsv2Reward(Reward):
         model = load_hpsv2(checkpoint)
         processor = ImageProcessor(long_side=int(model.config.vision_config.image_size))
         return cls(ClipEncoder(model, load_pretrained(AutoTokenizer, tokenizer), processor))
+
+    @classmethod
+    def blueprint(cls, checkpoint: str, *, tokenizer: str) -> Hpsv2Reward:
+        """A reward of the right sizes whose weights mean nothing; those of the release where the file is not here.
+
+        Raises:
+            CheckpointError: a file of another layout.
+        """
+        from transformers import CLIPConfig, CLIPModel
+
+        what = f"HPSv2 checkpoint {checkpoint}"
+        found = shapes_in("HPSv2 checkpoint", checkpoint)
+        config = CLIPConfig.from_dict(CLIP_H) if found is None else _infer_config(what, without_prefix(what, found))
+        processor = ImageProcessor(long_side=int(config.vision_config.image_size))
+        return cls(ClipEncoder(CLIPModel(config), cast(Any, BlankTokenizer()), processor))
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         return self.encoder.compare_prompt(pixels_B3HW, examples)

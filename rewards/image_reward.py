@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from rewardgen.reward import Reward
 from rewardgen.rewards.heads import linear_head
 from rewardgen.rewards.image_processor import ImageProcessor
 from rewardgen.rewards.loading import load_pretrained, model_from, read_tensors, size_of
+from rewardgen.rewards.sizes import BlankTokenizer, head, shapes_in
 from rewardgen.transfer import to_device
 from rewardgen.types import Example, Score
 
@@ -74,6 +75,26 @@ class ImageReward(Reward):
         model = load_image_reward(checkpoint)
         side = int(model.vision.config.image_size)
         return cls(model, load_pretrained(AutoTokenizer, tokenizer), ImageProcessor(short_side=side, crop=(side, side)))
+
+    @classmethod
+    def blueprint(cls, checkpoint: str, *, tokenizer: str) -> ImageReward:
+        """A reward of the right sizes whose weights mean nothing; those of the release where the file is not here.
+
+        Raises:
+            CheckpointError: a file of another layout.
+        """
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        found = shapes_in("ImageReward checkpoint", checkpoint)
+        if found is None:
+            large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+            seen = BlipVisionConfig(**large, image_size=224, patch_size=16)
+            read = BlipTextConfig(vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=TEXT_HEADS)
+        else:
+            seen, read = _infer_configs(f"ImageReward checkpoint {checkpoint}", found)
+        text = BlipTextModel(read, add_pooling_layer=False)
+        model, side = BlipScorer(BlipVisionModel(seen), text, head(int(read.hidden_size))), int(seen.image_size)
+        return cls(model, cast(Any, BlankTokenizer()), ImageProcessor(short_side=side, crop=(side, side)))
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         like = next(self.model.parameters())

@@ -38,6 +38,15 @@ class PickScoreReward(Reward):
         """
         return cls(ClipEncoder.from_pretrained(model, processor))
 
+    @classmethod
+    def blueprint(cls, model: str, *, processor: str | None = None) -> PickScoreReward:
+        """A reward of the right sizes whose weights mean nothing; nothing is fetched.
+
+        Raises:
+            CheckpointError: the model's sizes are not known.
+        """
+        return cls(ClipEncoder.blueprint(model))
+
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         cosine = self.encoder.compare_prompt(pixels_B3HW, examples)
         return replace(cosine, value_B=self.encoder.temperature * cosine.value_B)

@@ -97,6 +97,11 @@ class VlmJudge(Reward):
             )
         )
 
+    @classmethod
+    def blueprint(cls, *_: Any, **__: Any) -> Reward:
+        """What a plan of memory takes for it: nothing of it is here, and nobody is asked."""
+        return _Elsewhere()
+
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         put = [
             self.question.put(pixels_3HW, example) if bool(pixels_3HW.isfinite().all()) else None
@@ -129,6 +134,16 @@ class VlmJudge(Reward):
                 stacklevel=2,
             )
             self._told |= kinds
+
+
+class _Elsewhere(Reward):
+    """A judge on another machine as a plan sees it: pictures leave, numbers come back."""
+
+    differentiable = False
+
+    def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+        value_B = pixels_B3HW.detach()[:, 0, 0, 0].float()
+        return Score(value_B=value_B, valid_B=torch.ones_like(value_B, dtype=torch.bool))
 
 
 def _count(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rewardgen.reward import Reward, RewardWarning
+from rewardgen.rewards.judging.blueprint import take_shapes
 from rewardgen.rewards.judging.fit import Agreement, FitConfig, agreement, fit
 from rewardgen.rewards.judging.local import LocalModel, load_model
 from rewardgen.rewards.judging.questions import MIN_MASS, load_question
@@ -72,6 +73,29 @@ class LocalVlmJudge(Reward):
         weights, processor = load_model(model, getattr(torch, dtype))
         judge = LocalModel(weights, processor, asked, checkpointing=checkpointing, round_8bit=round_8bit)
         return cls(judge, min_mass=min_mass)
+
+    @classmethod
+    def blueprint(
+        cls,
+        model: str,
+        question: str,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        checkpointing: bool = True,
+        round_8bit: bool = True,
+        min_mass: Annotated[float, Field(ge=0, le=1)] = MIN_MASS,
+    ) -> LocalVlmJudge:
+        """A judge of the right sizes whose weights mean nothing (`judging.blueprint`); nothing is fetched.
+
+        Raises:
+            ConfigError: the question or the model's processor cannot be used.
+            CheckpointError: the model's sizes are not known.
+        """
+        weights, processor, preprocess = take_shapes(model, getattr(torch, dtype))
+        asked, options = load_question(question), {"checkpointing": checkpointing, "round_8bit": round_8bit}
+        judge = cls(LocalModel(weights, processor, asked, **options, preprocess=preprocess), min_mass=min_mass)
+        judge._looked = True  # its answers mean nothing
+        return judge
 
     def fit(self, examples: Iterable[Example], folder: Path, config: FitConfig) -> None:
         """Teach this judge labelled pictures and save it to a folder; read that for the taught one. See `judging.fit`.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from rewardgen.errors import UserError
 from rewardgen.measure import LiveBytes, OperationCounter
 from rewardgen.memory_plan import Plan, plan, render
 from rewardgen.policies import shapes
+from rewardgen.rewards import sizes
 from rewardgen.types import Example, Score
 from tests.test_cli import TOY
 from tests.test_uso_policy import make_parts, make_tokenizer
@@ -102,6 +104,7 @@ def test_nothing_of_a_dry_run_stays() -> None:
         assert bool(torch.zeros(2, dtype=torch.bool).all())
         assert not bool(torch.ones(2).isnan().any())
         assert torch.rand(5)[torch.zeros(5, dtype=torch.bool)].shape == (5,)
+        assert torch.zeros(4, dtype=torch.bool).nonzero()[:, 0].shape == (4,)
         assert float(torch.zeros(4).numpy().sum()) == 0
     assert not isinstance(_remembered(), FakeTensor)
     assert nn.Linear(2, 2).to(torch.float64).weight.dtype == torch.float64
@@ -156,7 +159,7 @@ def test_prediction_agrees_with_measurement_for_every_form_of_the_base(wide: Pat
     }
     experiments = {name: experiment_on(wide, **args) for name, args in forms.items()}
     found = {name: plan(experiment) for name, experiment in experiments.items()}
-    measured = {name: benchmark.measured(experiment) for name, experiment in experiments.items()}
+    measured = {name: benchmark.measured(experiment)[0] for name, experiment in experiments.items()}
     for name, one in found.items():
         assert one.peak / measured[name] == pytest.approx(1, abs=benchmark.TOLERANCE), name
     frozen = {name: one.resident["transformer, frozen"] for name, one in found.items()}
@@ -188,7 +191,7 @@ def test_plan_of_parts_that_are_not_here() -> None:
         patch.setattr(shapes, "RELEASED", {"black-forest-labs/FLUX.1-dev": few})
         with pytest.raises(UserError, match="no `siglip`"):
             plan(experiment)
-        patch.setattr("rewardgen.memory_plan._example", without_style)
+        patch.setattr("rewardgen.planned.takes_styles", lambda _: False)
         found = plan(experiment)
     assert not any("text_encoder" in part or "siglip" in part for part in found.resident)
     assert found.resident["transformer, frozen"] == pytest.approx(2 * 588e6, rel=0.2)
@@ -213,9 +216,105 @@ def test_plan_of_a_policy_that_takes_no_styles() -> None:
     assert found.gradients == 2 * found.resident["trained parameters"]
 
 
-def without_style(index: int, image_size: tuple[int, int]) -> Example:
-    content, target = (torch.zeros(3, *image_size) for _ in range(2))
-    return Example(id=str(index), prompt="a picture", content_refs=(content,), target=target)
+def test_plan_of_rewards_that_are_not_here() -> None:
+    """A judge of 3 billion weights, DINO and a bound relative to the base: both train in the step that is planned."""
+    overrides = [
+        *("policy.args.lora_rank=16", "policy.args.content_long_side=64", "policy.args.encodings=nowhere"),
+        "rollout.image_size=[64, 64]",
+    ]
+    experiment = load_experiment(EXPERIMENT.with_name("uso_vlm_judge.yaml"), "flux-dev", overrides)
+    qwen = sizes.RELEASED["Qwen/Qwen2.5-VL-3B-Instruct"]
+    short = {**qwen, "text_config": {**qwen["text_config"], "num_hidden_layers": 2}}
+    short["vision_config"] = {**qwen["vision_config"], "depth": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        few = {**shapes._DEV, "transformer": {**shapes.FLUX, "num_layers": 1, "num_single_layers": 1}}
+        few["text_encoder_2"] = {**shapes.T5_XXL, "num_layers": 1}
+        patch.setattr(shapes, "RELEASED", {**shapes.RELEASED, "black-forest-labs/FLUX.1-dev": few})
+        patch.setattr(sizes, "RELEASED", {**sizes.RELEASED, "Qwen/Qwen2.5-VL-3B-Instruct": short})
+        found = plan(experiment)
+    assert found.uncounted == ()
+    assert found.resident["reward judge"] > 2 * 151936 * 2048
+    assert found.resident["reward content"] == pytest.approx(4 * 86.58e6, rel=0.01)
+    # Of 64 micro-batches each makes a gradient for each of the four terms, beside the sums so far.
+    assert found.gradients == 8 * found.resident["trained parameters"]
+
+
+def toy(**sections: dict[str, Any]) -> Experiment:
+    """The toy experiment with a wider policy, no witness and the same entry step in every step."""
+    document = strict_yaml.load(TOY, "toy.yaml")[0] | {"evaluation": {"num_examples": 1, "grid_examples": 0}}
+    document["policy"]["args"]["hidden"] = 64
+    document["rollout"]["window"]["entry_range"] = [1, 1]
+    document["train"]["prompt_dropout"] = 0.0
+    for name, section in sections.items():
+        document[name] = document[name] | section
+    return Experiment.model_validate(document)
+
+
+STYLE = {"use": "tests.toys:ToyReward", "weight": 0.5}
+LIGHT = {"use": "brightness", "weight": 1.0}
+JUDGE = {"use": "tests.toys:ToyJudge"}
+GRPO = {"kind": "grpo", "num_generations": 3, "beta": 0.1}
+NFT = {"kind": "nft", "num_generations": 3, "times_per_sample": 3, "num_iterations": 2}
+FLOOR = {"use": "brightness", "floor": {"base": 0.5, "steps": 1}, "multiplier": {"initial": 1.0}}
+WORK: dict[str, dict[str, dict[str, Any]]] = {
+    "one reward": {},
+    "samples alone": {
+        "objective": {"flow_matching": {"weight": 0}, "rewards": {"judge": JUDGE}, "policy_gradient": GRPO}
+    },
+    "samples, a gradient and two micro-batches": {
+        "objective": {"rewards": {"judge": JUDGE, "style": STYLE}, "policy_gradient": GRPO | {"window": {"size": 1}}},
+        "train": {"accumulation": 2},
+    },
+    "two updates on the same samples": {
+        "objective": {"rewards": {"judge": JUDGE, "style": STYLE}, "policy_gradient": NFT}
+    },
+    "a floor at the base's value": {"objective": {"rewards": {"style": STYLE, "light": FLOOR}}},
+    "normalised": {"objective": {"rewards": {"style": STYLE | {"normalize": "standard"}}}},
+    "two entries": {
+        "rollout": {"window": {"kind": "refl", "entry_range": [1, 2]}, "entries_per_rollout": 2},
+        "objective": {"rewards": {"style": STYLE, "light": LIGHT}},
+        "train": {"term_grad_norms": False},
+    },
+    "one backward pass for two rewards": {
+        "objective": {"rewards": {"style": STYLE, "light": LIGHT}},
+        "train": {"term_grad_norms": False},
+    },
+    "no such pass with two micro-batches": {
+        "objective": {"rewards": {"style": STYLE, "light": LIGHT}},
+        "train": {"term_grad_norms": False, "accumulation": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("case", WORK)
+def test_all_that_a_step_does_is_counted(case: str) -> None:
+    """Operations exactly, bytes never fewer than a real step's; a little more where the worst case is told."""
+    experiment = toy(**WORK[case])
+    found, (peak, operations) = plan(experiment), benchmark.measured(experiment)
+    encoding = experiment.train.accumulation * found.encoding_operations
+    assert found.operations + encoding == pytest.approx(operations, rel=1e-9)
+    assert 0.995 <= found.peak / peak <= 1 + 2 * benchmark.TOLERANCE
+    assert sum(found.resident.values()) + found.drawn < found.peak
+
+
+def test_what_is_not_counted_is_told() -> None:
+    objective = {"rewards": {"judge": JUDGE, "style": STYLE}, "policy_gradient": GRPO}
+    witnesses = {"light": {"use": "brightness"}, "people": {"use": "dino", "args": {"model": "./nowhere"}}}
+    evaluation = {"batch_size": 16, "num_examples": 1, "grid_examples": 0, "witnesses": witnesses}
+    found = plan(toy(objective=objective, evaluation=evaluation))
+    judge, people, at_a_time = found.uncounted
+    assert "reward 'judge' takes to score" in judge
+    assert "witness 'people'" in people
+    assert "16 pictures at a time" in at_a_time
+    assert "every term of the objective at once" in found.assumed
+    told = render(found, device_bytes=80e9)
+    assert [line for line in told if "NOT COUNTED" in line] == [f"  NOT COUNTED: {what}" for what in found.uncounted]
+
+
+def test_the_largest_bucket_is_planned() -> None:
+    small, large = plan(toy()), plan(toy(rollout={"buckets": [[8, 4], [16, 16]]}))
+    assert large.operations > 3 * small.operations
+    assert "every picture of 16 x 16 pixels" in large.assumed
 
 
 def test_it_says_whether_it_fits() -> None:

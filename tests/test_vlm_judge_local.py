@@ -168,7 +168,8 @@ class TestScores:
         assert grad.isfinite().all()
         assert [bool(row.any()) for row in grad] == [True, False, False]
         assert 0 < found.metrics["answer_mass"] < 1
-        assert found.counts == {"by_logprob": 1, "not_applicable": 2}
+        # One that is not finite is asked about, as black: only the device knows by then.
+        assert found.counts == {"by_logprob": 2, "not_applicable": 1}
 
     def test_what_is_hardly_an_answer_is_masked_without_harm_to_the_others(self):
         pixels = torch.stack([picture(seed=i) for i in range(5)]).requires_grad_()

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from rich.progress import track
 
-from rewardgen import build
+from rewardgen import build, plugins, sources
 from rewardgen.config import Experiment
 from rewardgen.data.buckets import BucketedDataset
 from rewardgen.errors import ConfigError
 from rewardgen.policy import Policy
-from rewardgen.rollout import device_of
+from rewardgen.settings import Plugin
 from rewardgen.trainer import choose_device
 from rewardgen.types import Example
 
@@ -33,8 +33,8 @@ def run(experiment: Experiment) -> None:
         train = BucketedDataset(train, experiment.rollout.buckets)
     held_out = build.make("data.held_out", "data", experiment.data.held_out)
     shown = min(experiment.evaluation.num_examples, len(held_out))
-    policy: Policy = build.make("policy", "policies", experiment.policy)
-    policy.to(choose_device(experiment.train.device))
+    policy, device = _policy(experiment.policy), choose_device(experiment.train.device)
+    policy.to(device)
 
     def examples() -> Iterator[tuple[Example, bool]]:
         yield from ((train[index], True) for index in range(len(train)))
@@ -45,16 +45,27 @@ def run(experiment: Experiment) -> None:
     if experiment.train.prompt_dropout > 0 and targets:
         policy.encode([Example(id="no prompt")])
     for example, trained in track(examples(), "encoding", total, transient=True):
-        _encode(policy, example, target=trained and targets)
+        _encode(policy, example, device, target=trained and targets)
     print(f"{total} examples are encoded in {folder}")
 
 
-def _encode(policy: Policy, example: Example, *, target: bool) -> None:
+def _policy(plugin: Plugin) -> Policy:
+    """The policy, or of one that offers it (`encoding_only`) what encodes: that may fit where the whole does not."""
+    cls = plugins.resolve("policies", plugin.use)
+    if not hasattr(cls, "encoding_only"):
+        made: Policy = build.make("policy", "policies", plugin)
+        return made
+    args = sources.materialise(plugin.args, "policy.args")
+    part: Policy = cls.encoding_only(**plugins.check_args(plugins.factory(cls), args, "policy.args"))
+    return part
+
+
+def _encode(policy: Policy, example: Example, device: torch.device, *, target: bool) -> None:
     """One at a time, as training does; rewards and flow matching share what is kept."""
     try:
         with torch.no_grad():
             policy.encode([dataclasses.replace(example, target=None)])
             if target and example.target is not None:
-                policy.encode_pixels(example.target[None].to(device_of(policy)))
+                policy.encode_pixels(example.target[None].to(device))
     except ConfigError as error:
         raise ConfigError(f"example '{example.id}': {error}") from error

@@ -111,13 +111,21 @@ class LocalModel(nn.Module):
         question: what is asked; its reply must begin with the answer.
         checkpointing: recompute the layers in the backward pass instead of keeping their activations.
         round_8bit: see pictures as 8-bit files, which the model was trained on.
+        preprocess: what the processor does to pictures; None finds out, by comparing with it.
 
     Raises:
         ConfigError: the processor or the question cannot be used with a gradient.
     """
 
     def __init__(
-        self, model: Any, processor: Any, question: Question, *, checkpointing: bool = True, round_8bit: bool = True
+        self,
+        model: Any,
+        processor: Any,
+        question: Question,
+        *,
+        checkpointing: bool = True,
+        round_8bit: bool = True,
+        preprocess: Preprocess | None = None,
     ) -> None:
         super().__init__()
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
@@ -127,8 +135,10 @@ class LocalModel(nn.Module):
             raise ConfigError(f"model: the processor of '{name}' has no chat template")
         if not isinstance(getattr(processor, "image_token", None), str):
             raise ConfigError(f"model: the processor of '{name}' has no token for a picture")
-        one_tile(processor, name=f"model: '{name}'")
-        self.preprocess = Preprocess.of(processor.image_processor, name=f"model: '{name}'")
+        if preprocess is None:
+            one_tile(processor, name=f"model: '{name}'")
+            preprocess = Preprocess.of(processor.image_processor, name=f"model: '{name}'")
+        self.preprocess = preprocess
         self.model, self.processor, self.question = model, processor, question
         self.round_8bit = round_8bit
         self.tokens = answer_tokens(processor.tokenizer, question.values)

@@ -80,6 +80,14 @@ class Preprocess:
         return made
 
     @classmethod
+    def of_settings(cls, processor: Any, *, name: str) -> Self:
+        """As `of`, but taking the processor's settings at their word: nothing is computed."""
+        try:
+            return cls._from_settings(processor)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(_unknown(name, processor, str(error))) from error
+
+    @classmethod
     def _from_settings(cls, processor: Any) -> Self:
         if getattr(processor, "crop_to_patches", False) or getattr(processor, "do_image_splitting", False):
             raise ValueError("it cuts pictures into tiles")
@@ -141,7 +149,7 @@ class Preprocess:
             if self.long_side is not None:
                 height, width = _by_long_side(pixels.shape[-2], pixels.shape[-1], self.long_side)
                 pixels = self._resize(pixels, height, width, round_8bit)
-            height, width = self._resized(*pixels.shape[-2:])
+            height, width = self.resized(*pixels.shape[-2:])
             pixels = self._resize(pixels, height, width, round_8bit)
             if self.crop:
                 top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
@@ -178,7 +186,8 @@ class Preprocess:
         )[0]
         return resized
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels that a picture is resized to."""
         if not self.size:
             return height, width
         if self.patches is not None:
