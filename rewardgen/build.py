@@ -168,9 +168,10 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
             reporter.evaluation(step, evaluation.means())
             found = warn(monitor, step, whole, parts.held_out, console)
         said = processes.exchange("an evaluation", [evaluation and dict(evaluation.means()), found])[0]
-        if said[1] and experiment.monitor.stop_on_drift and step < experiment.train.num_steps:
-            raise DriftError(f"stopped, because monitor.stop_on_drift is set: {'; '.join(said[1])}")
         means: dict[str, float] = said[0]
+        if said[1] and experiment.monitor.stop_on_drift and step < experiment.train.num_steps:
+            trainer.save(means)
+            raise DriftError(f"stopped, because monitor.stop_on_drift is set: {'; '.join(said[1])}")
         return means
 
     trainer = Trainer(

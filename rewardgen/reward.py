@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardgen.errors import ScoringError
-from rewardgen.types import Example, Score
+from rewardgen.types import Begun, Example, Score
 
 
 class RewardWarning(UserWarning):
@@ -36,6 +36,22 @@ class Reward(nn.Module, ABC):
         Returns a `Score` whose `valid_B` is False for examples the reward does not apply to.
         """
 
+    def begin(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Begun[Score]:
+        """Start to score finished pictures, for rewards that mostly wait: for the answers of a service, say.
+
+        The engine begins with batch after batch, and draws the next pictures, before it waits for the first scores; all
+        in one thread and in a fixed order. What waits meanwhile is the reward's own affair: threads of its own, or an
+        event loop. Scores must be those of `score` (which is then `self.begin(...).finish()`), and nothing may be drawn
+        from the global generators once this has returned.
+
+        Here nothing waits: `score` is called at once.
+        """
+        found = self.score(pixels_B3HW, examples)
+        return Begun(lambda: found)
+
+    def give_up(self) -> None:
+        """Nobody waits any more for what was begun: the run has ended, perhaps by an error. More may be begun later."""
+
 
 def score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example], *, enable_grad: bool) -> Score:
     """Call a reward: the gradient mode is an argument, shapes are checked, non-finite values are masked.
@@ -45,12 +61,30 @@ def score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example], *, e
     """
     with torch.set_grad_enabled(enable_grad):
         result = reward.score(pixels_B3HW, examples)
-    name, batch = type(reward).__name__, len(examples)
+    if enable_grad and pixels_B3HW.requires_grad and not result.value_B.requires_grad and bool(result.valid_B.any()):
+        raise ScoringError(f"{type(reward).__name__} is used with a gradient but its value does not depend on the pixels")
+    return _masked(reward, result, len(examples))
+
+
+def begin_score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Begun[Score]:
+    """As `score`, without gradient and without waiting: `finish` of what is returned gives the score, or raises."""
+    batch = len(examples)
+    with torch.no_grad():
+        begun = reward.begin(pixels_B3HW, examples)
+
+    def finish() -> Score:
+        with torch.no_grad():
+            return _masked(reward, begun.finish(), batch)
+
+    return Begun(finish)
+
+
+def _masked(reward: Reward, result: Score, batch: int) -> Score:
+    """A score of the right shape, with non-finite values masked."""
     for label, tensor in (("value_B", result.value_B), ("valid_B", result.valid_B)):
         if tuple(tensor.shape) != (batch,):
-            raise ScoringError(f"{name}.score returned {label} of shape {tuple(tensor.shape)}; expected ({batch},)")
-    if enable_grad and pixels_B3HW.requires_grad and not result.value_B.requires_grad and bool(result.valid_B.any()):
-        raise ScoringError(f"{name} is used with a gradient but its value does not depend on the pixels")
+            found = f"{label} of shape {tuple(tensor.shape)}"
+            raise ScoringError(f"{type(reward).__name__}.score returned {found}; expected ({batch},)")
     finite_B = torch.isfinite(result.value_B.detach())
     valid_B = result.valid_B.to(device=finite_B.device, dtype=torch.bool) & finite_B
     return dataclasses.replace(result, valid_B=valid_B)

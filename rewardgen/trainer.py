@@ -262,8 +262,15 @@ class Trainer:
             figures["fleet/staleness"] = float(self.learner.version - drawn[0].policy_version)
         return figures
 
-    def save(self) -> Path:
-        """Write a checkpoint of everything and remove old ones. All processes call it, the first one writes."""
+    def save(self, evaluation: Mapping[str, float] | None = None) -> Path:
+        """Write a checkpoint of everything and remove old ones. All processes call it, the first one writes.
+
+        Args:
+            evaluation: means of an evaluation at the present step that the loop will not get to see, because the run
+                ends with it; the checkpoint may be one of the best by it.
+        """
+        if evaluation is not None:
+            self._among_best(evaluation)
         tensors, state = self.learner.state()
         published = self._ahead.published()
         for number, weights in published.items():
