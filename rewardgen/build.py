@@ -151,6 +151,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
     judges = _closed_by(stack, ray_judges(experiment))
     parts = assemble(experiment, processes)
     pool = remote or inline_workers(experiment, parts.policy)
+    scoring = judges or _closed_by(stack, InlinePool(ScoringWorker(parts.learner.objective.sampled)))
     if processes.is_first:
         write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
     console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
@@ -186,7 +187,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
         reporter=reporter,
         evaluate=evaluate_now,
         evaluate_every=experiment.evaluation.every,
-        scoring=judges or InlinePool(ScoringWorker(parts.learner.objective.sampled)),
+        scoring=scoring,
     )
     first = trainer.resume() if resume and has_checkpoints(trainer.checkpoints) else 0
     command = resume_command(experiment, folder, processes.size)

@@ -61,9 +61,12 @@ def score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example], *, e
     """
     with torch.set_grad_enabled(enable_grad):
         result = reward.score(pixels_B3HW, examples)
+    masked = _masked(reward, result, len(examples))
     if enable_grad and pixels_B3HW.requires_grad and not result.value_B.requires_grad and bool(result.valid_B.any()):
-        raise ScoringError(f"{type(reward).__name__} is used with a gradient but its value does not depend on the pixels")
-    return _masked(reward, result, len(examples))
+        raise ScoringError(
+            f"{type(reward).__name__} is used with a gradient but its value does not depend on the pixels"
+        )
+    return masked
 
 
 def begin_score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Begun[Score]:
@@ -139,6 +142,8 @@ def check_reward(
         _checked_score(reward, 1.1 * pixels - 0.05, examples)
         _check_independence(reward, pixels, examples, first)
         _check_gradient(reward, pixels, examples, first)
+        if begins := type(reward).begin is not Reward.begin:
+            _check_begun(reward, pixels, examples, first)
     gradient = "finite, and not zero for any valid picture" if reward.differentiable else "none, as it says"
     return (
         f"scores {len(examples)} pictures of {image_size[0]}x{image_size[1]}, {int(first.valid_B.sum())} of them valid",
@@ -147,6 +152,7 @@ def check_reward(
         "pictures and references are left alone",
         "a picture's score is the same the second time, in another order and alone",
         f"gradient: {gradient}",
+        *(["begun with others, a picture's score is the same"] if begins else []),
     )
 
 
@@ -237,6 +243,17 @@ def _check_independence(reward: Reward, pixels: Tensor, examples: Sequence[Examp
         Score(value_B=torch.cat([s.value_B for s in alone]), valid_B=torch.cat([s.valid_B for s in alone])),
         f"{name}'s score of a picture depends on the other pictures of its batch; normalise nothing over the batch,"
         " and call .eval() on a network with batch normalisation",
+    )
+
+
+def _check_begun(reward: Reward, pixels: Tensor, examples: Sequence[Example], first: Score) -> None:
+    """What is begun before another is finished must come to what `score` says."""
+    begun = [begin_score(reward, pixels[i : i + 1], [example]) for i, example in enumerate(examples)]
+    found = [part.finish() for part in begun]
+    _expect_same(
+        first,
+        Score(value_B=torch.cat([s.value_B for s in found]), valid_B=torch.cat([s.valid_B for s in found])),
+        f"{type(reward).__name__}: of several pictures that are begun (`begin`) one gets another score than by `score`",
     )
 
 

@@ -236,11 +236,12 @@ class Trainer:
                 for request in self.batches.requests(batch)
             ]
         config = objective.config.policy_gradient
-        if config is not None and self.scoring is not None and objective.active_samples(batch.step):
+        asked = objective.active_samples(batch.step)
+        if config is not None and self.scoring is not None and asked:
             rollout, seed = self.batches.rollout, self.batches.seed
             for micro_batch in batch.micro_batches:
                 requests = sample_requests(micro_batch, config, rollout, step=batch.step, seed=seed)
-                futures += submit_samples(requests, weights, pool=self.pool, scoring=self.scoring)
+                futures += submit_samples(requests, weights, pool=self.pool, scoring=self.scoring, names=asked)
         return futures
 
     def _micro_batches(self, batch: Batch, drawn: Sequence[Rollout]) -> list[MicroBatch]:

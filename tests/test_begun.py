@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import dataclasses
 import json
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rewardgen.errors import ScoringError
 from rewardgen.fleet.inline import InlinePool
 from rewardgen.learner import Learner, OptimizerConfig
 from rewardgen.objective import Objective, ObjectiveConfig
-from rewardgen.reward import Reward, RewardWarning, check_reward
+from rewardgen.reward import Reward, check_reward
 from rewardgen.rewards.judging.client import CallError, Reply
 from rewardgen.rewards.judging.endpoints import Endpoints
 from rewardgen.rewards.vlm_judge import VlmJudge
@@ -148,21 +147,21 @@ def test_all_questions_of_a_step_are_on_their_way_at_once(network: Any, tmp_path
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.filterwarnings("ignore::rewardgen.reward.RewardWarning")
 def test_a_run_is_that_of_a_judge_that_is_waited_for_in_line(network: Any, tmp_path: Path, staleness: int) -> None:
     made = network(fails=lambda code: chosen(code, 0.2))
-    with pytest.warns(RewardWarning, match="the judge failed"):
-        begun = trainer_of(mixed(judge()), tmp_path / "begun", staleness=staleness)
-        begun.run()
-        asked, made.calls = made.calls, []
-        in_line = trainer_of(mixed(InLine(judge())), tmp_path / "in_line", staleness=staleness)
-        in_line.run()
-        assert sorted(asked) == sorted(made.calls)
-        assert said(begun) == said(in_line)
-        assert any(report["metrics"]["reward/judge/failed"] for report in said(begun))
-        trainer_of(mixed(judge()), tmp_path / "part", staleness=staleness, num_steps=2).run()
-        resumed = trainer_of(mixed(judge()), tmp_path / "part", staleness=staleness)
-        assert resumed.resume() == 2
-        resumed.run()
+    begun = trainer_of(mixed(judge()), tmp_path / "begun", staleness=staleness)
+    begun.run()
+    asked, made.calls = made.calls, []
+    in_line = trainer_of(mixed(InLine(judge())), tmp_path / "in_line", staleness=staleness)
+    in_line.run()
+    assert sorted(asked) == sorted(made.calls)
+    assert said(begun) == said(in_line)
+    assert any(report["metrics"]["reward/judge/failed"] for report in said(begun))
+    trainer_of(mixed(judge()), tmp_path / "part", staleness=staleness, num_steps=2).run()
+    resumed = trainer_of(mixed(judge()), tmp_path / "part", staleness=staleness)
+    assert resumed.resume() == 2
+    resumed.run()
     assert said(resumed) == said(begun)[2:]
     tensors, state = begun.learner.state()
     for other in (in_line, resumed):
@@ -172,6 +171,7 @@ def test_a_run_is_that_of_a_judge_that_is_waited_for_in_line(network: Any, tmp_p
 
 
 @pytest.mark.parametrize("fault", ["fails", "breaks"])
+@pytest.mark.filterwarnings("ignore::rewardgen.reward.RewardWarning")
 def test_a_judge_that_fails_stops_the_run_with_the_same_error(network: Any, tmp_path: Path, fault: str) -> None:
     network(**{fault: lambda code: chosen(code, 0.4)})
     found = []
@@ -183,8 +183,7 @@ def test_a_judge_that_fails_stops_the_run_with_the_same_error(network: Any, tmp_
             "failure_window": PICTURES,
         }
         trainer = trainer_of(Objective(ObjectiveConfig.model_validate(config), {"judge": reward}), tmp_path / name)
-        with warnings.catch_warnings(), pytest.raises((ScoringError, RuntimeError)) as caught:
-            warnings.simplefilter("ignore", RewardWarning)
+        with pytest.raises((ScoringError, RuntimeError)) as caught:
             trainer.run()
         found.append((type(caught.value), str(caught.value), trainer.completed_steps))
     assert found[0] == found[1]
@@ -216,15 +215,13 @@ def test_a_reward_that_mixes_up_what_it_has_begun_is_found_out() -> None:
         check_reward(Muddled())
 
 
-def waiting_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("judge")]
+def waiting_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("judge")}
 
 
 @pytest.fixture
 def held(network: Any, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
     """A network whose first call is held up until `go`, and says by `there` that it has come."""
-    for thread in waiting_threads():
-        thread.join(PATIENCE)
     made, there, go = network(), threading.Event(), threading.Event()
 
     def call(*args: Any, **more: Any) -> Reply:
@@ -234,7 +231,7 @@ def held(network: Any, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
         return reply
 
     monkeypatch.setattr("rewardgen.rewards.judging.service.call", call)
-    return {"network": made, "there": there, "go": go}
+    return {"network": made, "there": there, "go": go, "former": waiting_threads()}
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -244,7 +241,7 @@ def test_closing_gives_up_what_nobody_waits_for(held: Mapping[str, Any], concurr
     pixels, examples = torch.rand(8, 3, 8, 8), ToyDataset(8).examples
     reward.begin(pixels, examples)
     assert held["there"].wait(PATIENCE)
-    running = waiting_threads()
+    running = waiting_threads() - held["former"]
     pool.close()
     held["go"].set()
     for thread in running:
@@ -254,15 +251,22 @@ def test_closing_gives_up_what_nobody_waits_for(held: Mapping[str, Any], concurr
     assert reward.score(pixels, examples).valid_B.all(), "it can be asked again"
 
 
-def test_an_interrupt_while_waiting_ends_the_questions_too(held: Mapping[str, Any]) -> None:
+def test_an_interrupt_while_waiting_ends_the_questions_too(
+    held: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     reward = judge(concurrency=1)
     pixels, examples = torch.rand(8, 3, 8, 8), ToyDataset(8).examples
     begun = [reward.begin(pixels, examples), reward.begin(pixels.flip(0), examples)]
     assert held["there"].wait(PATIENCE)
-    running = waiting_threads()
-    threading.Timer(0.05, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-        begun[0].finish()
+    running = waiting_threads() - held["former"]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            begun[0].finish()
     held["go"].set()
     for thread in running:
         thread.join(PATIENCE)

@@ -242,7 +242,9 @@ def test_a_run_that_nothing_could_stop_is_refused(tmp_path: Path, every: int) ->
     path = tmp_path / "toy.yaml"
     path.write_text(TOY)
     asked = [f"evaluation.every={every}", "monitor.stop_on_drift=true"]
-    with pytest.raises(ConfigError, match=rf"monitor\.stop_on_drift \(override\): .*12 steps.*evaluation\.every = {every}"):
+    with pytest.raises(
+        ConfigError, match=rf"monitor\.stop_on_drift \(override\): .*12 steps.*evaluation\.every = {every}"
+    ):
         load_experiment(path, overrides=asked)
     load_experiment(path, overrides=[*asked, "monitor.enabled=false"])
     load_experiment(path, overrides=[*asked, "train.num_steps=101", "evaluation.every=100"])

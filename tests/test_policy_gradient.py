@@ -541,8 +541,10 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 @BOTH
 def test_names_of_trl_are_understood(settings: dict[str, Any]) -> None:
-    for given, meant in ((True, "group"), (False, "none"), ("group", "group"), ("batch", "batch"), ("none", "none")):
-        made = ObjectiveConfig.model_validate({"policy_gradient": settings | {"scale_rewards": given}}).policy_gradient
+    for written, meant in ((True, "group"), (False, "none"), ("group", "group"), ("batch", "batch"), ("none", "none")):
+        made = ObjectiveConfig.model_validate(
+            {"policy_gradient": settings | {"scale_rewards": written}}
+        ).policy_gradient
         assert made is not None
         assert made.scale_rewards == meant
         assert made.model_dump()["scale_rewards"] == meant

@@ -206,8 +206,8 @@ class Monitor:
         """Note an evaluation and compare it with the control's of the same or the latest earlier step.
 
         The control's evaluation before its first step is the base, and no control. Where it has no other yet, the
-        run's own start takes its place, and what is found says so. What was found before is not said again. Pictures of a new finding are saved beside the start's, as far as
-        both evaluations kept them.
+        run's own start takes its place, and what is found says so. What was found before is not said again. Pictures
+        of a new finding are saved beside the start's, as far as both evaluations kept them.
 
         Raises:
             UserError: the control was evaluated on other examples.
@@ -233,7 +233,9 @@ class Monitor:
         if self.config.control is None or self._remarked or self._controls(step):
             return None
         self._remarked = True
-        return f"{_too_late(step)}; step {step} is compared with the run's own start. Give both runs one evaluation.every"
+        return (
+            f"{_too_late(step)}; step {step} is compared with the run's own start. Give both runs one evaluation.every"
+        )
 
     def _controls(self, step: int) -> list[int]:
         """Steps of the control's evaluations that a step may be compared with."""

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,6 +80,8 @@ class JudgeService:
             eject_after=config.eject_after,
             eject_s=config.eject_s,
         )
+        self._stop = threading.Event()
+        self._threads: ThreadPoolExecutor | None = None
         # Waits must not depend on, or disturb, the generators that training draws from.
         self._random = random.Random()
 
@@ -92,26 +94,49 @@ class JudgeService:
 
     def ask(self, question: Question, asked: Sequence[Sequence[Part]]) -> list[Outcome]:
         """Answers to one question about several pictures, in their order. Equal ones are asked once."""
+        return self.begin(question, asked)()
+
+    def begin(self, question: Question, asked: Sequence[Sequence[Part]]) -> Callable[[], list[Outcome]]:
+        """As `ask`, without waiting: that is left to what is returned.
+
+        Whatever is begun is asked in the order of beginning, as many questions at a time as the endpoints are given.
+        If waiting for one of them is interrupted, all are given up.
+        """
         bodies = [self._body(question, parts) for parts in asked]
         keys = [self._key(question, body) for body in bodies]
         todo = dict(zip(keys, bodies, strict=True))
         if not todo:
-            return []
-        key = read_key(self.config.key_env)
-        stop = threading.Event()
-        workers = min(len(todo), self.config.concurrency * len(self._urls))
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
-        try:
-            futures = {name: pool.submit(self._one, question, name, todo[name], key, stop) for name in todo}
-            found = {name: future.result() for name, future in futures.items()}
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-        # What was counted belongs to the first of equal ones.
-        first = {name: index for index, name in reversed(list(enumerate(keys)))}
-        return [
-            found[name] if first[name] == index else replace(found[name], counts={}) for index, name in enumerate(keys)
-        ]
+            return list
+        key, stop = read_key(self.config.key_env), self._stop
+        if self._threads is None:
+            # No more than can be under way: what waits its turn here is not yet running out of time (`give_up_s`).
+            workers = self.config.concurrency * len(self._urls)
+            self._threads = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+        submit = self._threads.submit
+        futures = {name: submit(self._one, question, name, todo[name], key, stop) for name in todo}
+
+        def wait() -> list[Outcome]:
+            try:
+                found = {name: future.result() for name, future in futures.items()}
+            except BaseException:
+                self.give_up()
+                raise
+            # What was counted belongs to the first of equal ones.
+            first = {name: index for index, name in reversed(list(enumerate(keys)))}
+            return [
+                found[name] if first[name] == index else replace(found[name], counts={})
+                for index, name in enumerate(keys)
+            ]
+
+        return wait
+
+    def give_up(self) -> None:
+        """Make no further call for what was begun. Calls under way are not waited for."""
+        self._stop.set()
+        self._stop = threading.Event()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
 
     def _one(
         self, question: Question, name: str, body: dict[str, Any], key: str | None, stop: threading.Event
@@ -125,7 +150,7 @@ class JudgeService:
         charged, failure = 0, CallError("timeout", f"no endpoint had room within {self.config.give_up_s:g} s")
         endpoint: Endpoint | None = None
         plain = False  # ask without log-probabilities
-        while (lease := self._endpoints.take(not_at=endpoint, timeout_s=end - time.monotonic())) is not None:
+        while lease := self._endpoints.take(not_at=endpoint, timeout_s=end - time.monotonic(), stop=stop):
             endpoint = lease.endpoint
             logprobs = question.by_logprob and endpoint.takes_logprobs and not plain
             counts["attempts"] += 1
