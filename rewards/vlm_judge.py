@@ -42,7 +42,7 @@ class VlmJudge(Reward):
         adaptive: give each endpoint what it can take (see `endpoints.py`).
         timeout_s: seconds for one call.
         max_attempts: failed calls after which a question is given up. 429s do not count.
-        give_up_s: seconds after which it is given up whatever failed, 429s too.
+        give_up_s: seconds after which it is given up whatever failed, 429s too; counted from its turn to be asked on.
         backoff_s: first wait after a failure, in seconds; it doubles and is drawn at random.
         eject_after: failures in a row after which an endpoint is left alone for a while.
         eject_s: seconds of the first such while.
