@@ -96,7 +96,8 @@ class InLine(Reward):
         self.judge = judge
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
-        return self.judge.score(pixels_B3HW, examples)
+        found: Score = self.judge.score(pixels_B3HW, examples)
+        return found
 
 
 class Reports(list[StepReport]):
