@@ -18,6 +18,8 @@ from torch import Tensor
 
 from rewardgen.errors import ScoringError
 from rewardgen.fleet.inline import InlinePool
+from rewardgen.fleet.payload import pack, unpack
+from rewardgen.fleet.replica import Replica, Surroundings
 from rewardgen.learner import Learner, OptimizerConfig
 from rewardgen.objective import Objective, ObjectiveConfig
 from rewardgen.reward import Reward, check_reward
@@ -27,9 +29,9 @@ from rewardgen.rewards.vlm_judge import VlmJudge
 from rewardgen.rollout import RolloutWorker
 from rewardgen.scoring import ScoringWorker
 from rewardgen.trainer import TrainConfig, Trainer
-from rewardgen.types import Begun, Example, Score, StepReport
+from rewardgen.types import Begun, Example, Rollout, Score, StepReport
 from tests.judge_servers import belief, chosen, digest
-from tests.test_policy_gradient import GRPO, ROLLOUT
+from tests.test_policy_gradient import GRPO, ROLLOUT, drawn, make
 from tests.test_sample_composition import objective_of
 from tests.toys import ToyDataset, ToyJudge, ToyPolicy, ToyReward
 
@@ -329,3 +331,19 @@ def test_rewards_that_do_not_count_at_a_step_are_not_asked(tmp_path: Path) -> No
     assert asked == {name: number * PICTURES for name, number in steps.items()}
     _, without = run([name for name in terms if name != "never"])
     assert said(trainer) == said(without)
+
+
+def test_a_judge_in_another_process_waits_there(network: Any) -> None:
+    """What a worker process runs, without one: `begin` comes back scored, by the rewards that were named alone."""
+    network()
+    replica = Replica(Surroundings.here())
+    replica.start(lambda: ScoringWorker({"judge": judge(), "near": ToyJudge(), "far": ToyJudge(sign=-1)}))
+    (sent,) = drawn(make(GRPO), [(0, ToyDataset(1).examples[0])])[:1]
+    pictures = dataclasses.replace(sent, pixels_B3HW=torch.rand(1, 3, 8, 8), scores={})
+    _, packed = replica.call("begin", [None, None], pack(pictures), pack(("near", "judge")))
+    found = unpack(packed, pictures.examples)
+    assert isinstance(found, Rollout)
+    assert list(found.scores) == ["near", "judge"]
+    assert pictures.pixels_B3HW is not None
+    expected = judge().score(pictures.pixels_B3HW, pictures.examples)
+    assert torch.equal(found.scores["judge"].value_B, expected.value_B)
