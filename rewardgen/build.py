@@ -151,6 +151,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
     judges = _closed_by(stack, ray_judges(experiment))
     parts = assemble(experiment, processes)
     pool = remote or inline_workers(experiment, parts.policy)
+    scoring = judges or _closed_by(stack, InlinePool(ScoringWorker(parts.learner.objective.sampled)))
     if processes.is_first:
         write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
     tally = Tally(folder)
@@ -173,9 +174,10 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
             reporter.evaluation(step, evaluation.means())
             found = warn(monitor, step, whole, parts.held_out, console)
         said = processes.exchange("an evaluation", [evaluation and dict(evaluation.means()), found])[0]
-        if said[1] and experiment.monitor.stop_on_drift and step < experiment.train.num_steps:
-            raise DriftError(f"stopped, because monitor.stop_on_drift is set: {'; '.join(said[1])}")
         means: dict[str, float] = said[0]
+        if said[1] and experiment.monitor.stop_on_drift and step < experiment.train.num_steps:
+            trainer.save(means)
+            raise DriftError(f"stopped, because monitor.stop_on_drift is set: {'; '.join(said[1])}")
         return means
 
     trainer = Trainer(
@@ -190,7 +192,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
         reporter=reporter,
         evaluate=evaluate_now,
         evaluate_every=experiment.evaluation.every,
-        scoring=judges or InlinePool(ScoringWorker(parts.learner.objective.sampled)),
+        scoring=scoring,
     )
     first = trainer.resume() if resume and has_checkpoints(trainer.checkpoints) else 0
     command = resume_command(experiment, folder, processes.size)

@@ -215,9 +215,8 @@ def _suggest(loc: Sequence[str]) -> str:
     for part in parents:
         model = _section(model, part) if model else None
     siblings = [*(model.model_fields if model else ()), *(() if parents else ("flavors",))]
-    close = nearest(key, siblings)
-    if close:
-        return close
+    if close := getattr(model, "hints", {}).get(key) or nearest(key, siblings):
+        return str(close)
     elsewhere = [path for path in _all_keys(Experiment) if path.rpartition(".")[2] == key]
     if elsewhere:
         return f" Did you mean '{elsewhere[0]}'?"
@@ -338,6 +337,8 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
         yield "evaluation.grid_examples", f"{shown} pictures cannot be shown of evaluation.num_examples = {drawn}"
     if experiment.train.strategy == "fsdp" and (experiment.fleet.remote_rollouts or experiment.fleet.staleness):
         yield "fleet", "a sharded model draws its own rollouts with its newest weights: pool inline, staleness 0"
+    if reason := experiment.monitor.never_stops(experiment.evaluation.every, num_steps):
+        yield "monitor.stop_on_drift", reason
     yield from _placement_checks(experiment)
     yield from _value_checks(experiment)
 

@@ -72,6 +72,8 @@ def open_monitor(experiment: Experiment, folder: Path) -> Monitor | None:
 def warn(monitor: Monitor | None, step: int, now: Evaluation, examples: list[Example], console: Console) -> list[str]:
     """Let the monitor look at an evaluation; print what it finds and return it."""
     found = [str(finding) for finding in monitor.check(step, now, examples)] if monitor else []
+    if monitor is not None and (remark := monitor.remark(step)):
+        console.print(f"note: {remark}", markup=False, highlight=False)
     for warning in found:
         console.print(f"warning: {warning}", markup=False, highlight=False)
     return found

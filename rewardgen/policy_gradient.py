@@ -10,10 +10,11 @@ Shape suffixes: B batch, L latent tokens, C channels per token.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from rewardgen.flow.advantage import Scale
@@ -29,6 +30,11 @@ _SMALLEST_WEIGHT = 1e-5
 class SamplesConfig(Settings):
     """What both ways of learning from samples share."""
 
+    hints: ClassVar[Mapping[str, str]] = {
+        "reward_weights": " Each reward has its own weight: objective.rewards.NAME.weight."
+    }
+    """What to say of keys that are not here but in TRL's `GRPOConfig`."""
+
     weight: float = Field(default=1.0, gt=0)
     """The term's weight in the loss, beside flow matching and rewards with a gradient."""
     num_generations: int = Field(default=8, ge=2)
@@ -39,9 +45,14 @@ class SamplesConfig(Settings):
     """Weight of the divergence from the policy that the run began with; 0 neither computes nor keeps that policy."""
     scale_rewards: Scale = "group"
     """Advantages are divided by the standard deviation of the group, of all samples of the step (`batch`), or by
-    nothing (`none`)."""
+    nothing (`none`). As in TRL, true stands for `group` and false for `none`."""
     advantage_clip: float = Field(default=5.0, gt=0)
     """Largest absolute advantage (5 in the releases of both methods)."""
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _trl_booleans(cls, given: Any) -> Any:
+        return {True: "group", False: "none"}[given] if isinstance(given, bool) else given
 
 
 class GrpoConfig(SamplesConfig):

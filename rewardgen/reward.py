@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardgen.errors import ScoringError
-from rewardgen.types import Example, Score
+from rewardgen.types import Begun, Example, Score
 
 
 class RewardWarning(UserWarning):
@@ -36,6 +36,22 @@ class Reward(nn.Module, ABC):
         Returns a `Score` whose `valid_B` is False for examples the reward does not apply to.
         """
 
+    def begin(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Begun[Score]:
+        """Start to score finished pictures, for rewards that mostly wait: for the answers of a service, say.
+
+        The engine begins with batch after batch, and draws the next pictures, before it waits for the first scores; all
+        in one thread and in a fixed order. What waits meanwhile is the reward's own affair: threads of its own, or an
+        event loop. Scores must be those of `score` (which is then `self.begin(...).finish()`), and nothing may be drawn
+        from the global generators once this has returned.
+
+        Here nothing waits: `score` is called at once.
+        """
+        found = self.score(pixels_B3HW, examples)
+        return Begun(lambda: found)
+
+    def give_up(self) -> None:
+        """Nobody waits any more for what was begun: the run has ended, perhaps by an error. More may be begun later."""
+
 
 def score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example], *, enable_grad: bool) -> Score:
     """Call a reward: the gradient mode is an argument, shapes are checked, non-finite values are masked.
@@ -45,12 +61,33 @@ def score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example], *, e
     """
     with torch.set_grad_enabled(enable_grad):
         result = reward.score(pixels_B3HW, examples)
-    name, batch = type(reward).__name__, len(examples)
+    masked = _masked(reward, result, len(examples))
+    if enable_grad and pixels_B3HW.requires_grad and not result.value_B.requires_grad and bool(result.valid_B.any()):
+        raise ScoringError(
+            f"{type(reward).__name__} is used with a gradient but its value does not depend on the pixels"
+        )
+    return masked
+
+
+def begin_score(reward: Reward, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Begun[Score]:
+    """As `score`, without gradient and without waiting: `finish` of what is returned gives the score, or raises."""
+    batch = len(examples)
+    with torch.no_grad():
+        begun = reward.begin(pixels_B3HW, examples)
+
+    def finish() -> Score:
+        with torch.no_grad():
+            return _masked(reward, begun.finish(), batch)
+
+    return Begun(finish)
+
+
+def _masked(reward: Reward, result: Score, batch: int) -> Score:
+    """A score of the right shape, with non-finite values masked."""
     for label, tensor in (("value_B", result.value_B), ("valid_B", result.valid_B)):
         if tuple(tensor.shape) != (batch,):
-            raise ScoringError(f"{name}.score returned {label} of shape {tuple(tensor.shape)}; expected ({batch},)")
-    if enable_grad and pixels_B3HW.requires_grad and not result.value_B.requires_grad and bool(result.valid_B.any()):
-        raise ScoringError(f"{name} is used with a gradient but its value does not depend on the pixels")
+            found = f"{label} of shape {tuple(tensor.shape)}"
+            raise ScoringError(f"{type(reward).__name__}.score returned {found}; expected ({batch},)")
     finite_B = torch.isfinite(result.value_B.detach())
     valid_B = result.valid_B.to(device=finite_B.device, dtype=torch.bool) & finite_B
     return dataclasses.replace(result, valid_B=valid_B)
@@ -105,6 +142,8 @@ def check_reward(
         _checked_score(reward, 1.1 * pixels - 0.05, examples)
         _check_independence(reward, pixels, examples, first)
         _check_gradient(reward, pixels, examples, first)
+        if begins := type(reward).begin is not Reward.begin:
+            _check_begun(reward, pixels, examples, first)
     gradient = "finite, and not zero for any valid picture" if reward.differentiable else "none, as it says"
     return (
         f"scores {len(examples)} pictures of {image_size[0]}x{image_size[1]}, {int(first.valid_B.sum())} of them valid",
@@ -113,6 +152,7 @@ def check_reward(
         "pictures and references are left alone",
         "a picture's score is the same the second time, in another order and alone",
         f"gradient: {gradient}",
+        *(["begun with others, a picture's score is the same"] if begins else []),
     )
 
 
@@ -203,6 +243,17 @@ def _check_independence(reward: Reward, pixels: Tensor, examples: Sequence[Examp
         Score(value_B=torch.cat([s.value_B for s in alone]), valid_B=torch.cat([s.valid_B for s in alone])),
         f"{name}'s score of a picture depends on the other pictures of its batch; normalise nothing over the batch,"
         " and call .eval() on a network with batch normalisation",
+    )
+
+
+def _check_begun(reward: Reward, pixels: Tensor, examples: Sequence[Example], first: Score) -> None:
+    """What is begun before another is finished must come to what `score` says."""
+    begun = [begin_score(reward, pixels[i : i + 1], [example]) for i, example in enumerate(examples)]
+    found = [part.finish() for part in begun]
+    _expect_same(
+        first,
+        Score(value_B=torch.cat([s.value_B for s in found]), valid_B=torch.cat([s.valid_B for s in found])),
+        f"{type(reward).__name__}: of several pictures that are begun (`begin`) one gets another score than by `score`",
     )
 
 

@@ -68,19 +68,29 @@ def sample_requests(
 
 
 def submit_samples(
-    requests: Sequence[RolloutRequest], weights: Handle[Weights], *, pool: Pool, scoring: Pool
+    requests: Sequence[RolloutRequest],
+    weights: Handle[Weights],
+    *,
+    pool: Pool,
+    scoring: Pool,
+    names: Sequence[str] | None = None,
 ) -> list[Future[Handle[Rollout]]]:
     """Ask for scored samples, in the order of the requests; nothing is waited for.
 
-    Each rollout goes on to a judge as soon as it is there, by its handle: its pictures never pass through here.
+    Each rollout goes on to a judge as soon as it is there, by its handle: its pictures never pass through here. In this
+    process rewards that mostly wait (`Reward.begin`) do so until a handle's value is asked for, while more is drawn.
 
     Args:
+        requests: what to draw.
+        weights: to draw it with.
         pool: replicas of `RolloutWorker`.
         scoring: replicas of `ScoringWorker`.
+        names: of the rewards to ask; None asks all that `scoring` has.
     """
+    asked = None if names is None else tuple(names)
 
     def judge(drawn: Handle[Rollout]) -> Future[Handle[Rollout]]:
-        return scoring.submit("score", drawn, about="the scores of samples")
+        return scoring.submit("begin", drawn, asked, about="the scores of samples")
 
     return [
         then(pool.submit("rollout", request, weights, about=f"samples of step {request.step}"), judge)

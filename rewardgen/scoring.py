@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from rewardgen.errors import ScoringError
-from rewardgen.reward import Reward, score
+from rewardgen.reward import Reward, begin_score
 from rewardgen.seeds import derive_seed, seed_globals
-from rewardgen.types import Rollout, Score
+from rewardgen.types import Begun, Rollout
 
 
 class ScoringWorker:
@@ -32,20 +32,37 @@ class ScoringWorker:
         self.device = device
         self.keep_pixels = keep_pixels
 
-    def score(self, rollout: Rollout) -> Rollout:
+    def score(self, rollout: Rollout, names: Sequence[str] | None = None) -> Rollout:
         """The rollout with a score from each reward; those that failed or do not apply are masked in it.
+
+        Args:
+            rollout: with pictures.
+            names: of the rewards to ask; None asks all.
 
         Raises:
             ScoringError: the rollout has no pictures, or a reward broke its contract.
         """
+        return self.begin(rollout, names).finish()
+
+    def begin(self, rollout: Rollout, names: Sequence[str] | None = None) -> Begun[Rollout]:
+        """As `score`, but rewards that mostly wait are not waited for (`Reward.begin`)."""
         drawn_B3HW = rollout.pixels_B3HW
         if drawn_B3HW is None:
             raise ScoringError("there is nothing to score: the rollout was asked for without pictures (decode)")
         # What a reward draws from the global generators belongs to its pictures, wherever they are scored.
         seed_globals(derive_seed("score", *rollout.trajectory.seed_B))
-        scores: dict[str, Score] = {}
         pixels_B3HW = drawn_B3HW if self.device is None else drawn_B3HW.to(self.device)
-        for name, reward in self.rewards.items():
-            scores[name] = score(reward, pixels_B3HW, rollout.examples, enable_grad=False)
-        kept_B3HW = drawn_B3HW if self.keep_pixels else None
-        return dataclasses.replace(rollout, scores={**rollout.scores, **scores}, pixels_B3HW=kept_B3HW)
+        asked = [(name, self.rewards[name]) for name in (self.rewards if names is None else names)]
+        begun = {name: begin_score(reward, pixels_B3HW, rollout.examples) for name, reward in asked}
+        kept = dataclasses.replace(rollout, pixels_B3HW=drawn_B3HW if self.keep_pixels else None)
+
+        def finish() -> Rollout:
+            scores = {name: reward.finish() for name, reward in begun.items()}
+            return dataclasses.replace(kept, scores={**kept.scores, **scores})
+
+        return Begun(finish)
+
+    def give_up(self) -> None:
+        """Nobody waits any more for what was begun."""
+        for reward in self.rewards.values():
+            reward.give_up()

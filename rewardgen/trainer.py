@@ -238,11 +238,12 @@ class Trainer:
                 for request in self.batches.requests(batch)
             ]
         config = objective.config.policy_gradient
-        if config is not None and self.scoring is not None and objective.active_samples(batch.step):
+        asked = objective.active_samples(batch.step)
+        if config is not None and self.scoring is not None and asked:
             rollout, seed = self.batches.rollout, self.batches.seed
             for micro_batch in batch.micro_batches:
                 requests = sample_requests(micro_batch, config, rollout, step=batch.step, seed=seed)
-                futures += submit_samples(requests, weights, pool=self.pool, scoring=self.scoring)
+                futures += submit_samples(requests, weights, pool=self.pool, scoring=self.scoring, names=asked)
         return futures
 
     def _micro_batches(self, batch: Batch, drawn: Sequence[Rollout]) -> list[MicroBatch]:
@@ -264,8 +265,15 @@ class Trainer:
             figures["fleet/staleness"] = float(self.learner.version - drawn[0].policy_version)
         return figures
 
-    def save(self) -> Path:
-        """Write a checkpoint of everything and remove old ones. All processes call it, the first one writes."""
+    def save(self, evaluation: Mapping[str, float] | None = None) -> Path:
+        """Write a checkpoint of everything and remove old ones. All processes call it, the first one writes.
+
+        Args:
+            evaluation: means of an evaluation at the present step that the loop will not get to see, because the run
+                ends with it; the checkpoint may be one of the best by it.
+        """
+        if evaluation is not None:
+            self._among_best(evaluation)
         tensors, state = self.learner.state()
         published = self._ahead.published()
         for number, weights in published.items():

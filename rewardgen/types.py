@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 VelocityFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """`(latents_BLC, t_B) -> velocity_BLC`, where velocity = noise - clean."""
@@ -116,6 +118,13 @@ class Score:
     valid_B: Tensor
     metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun(Generic[T]):
+    """A result that is on its way. `finish` waits for it; it is called once at most, in the thread that began it."""
+
+    finish: Callable[[], T]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from rewardgen.reward import Reward, RewardWarning
 from rewardgen.rewards.judging.client import KINDS
 from rewardgen.rewards.judging.questions import load_question
 from rewardgen.rewards.judging.service import JudgeService, Outcome, ServiceConfig
-from rewardgen.types import Example, Score
+from rewardgen.types import Begun, Example, Score
 
 _EXAMPLES_OF_FAILURES = 3
 
@@ -42,7 +42,7 @@ class VlmJudge(Reward):
         adaptive: give each endpoint what it can take (see `endpoints.py`).
         timeout_s: seconds for one call.
         max_attempts: failed calls after which a question is given up. 429s do not count.
-        give_up_s: seconds after which it is given up whatever failed, 429s too.
+        give_up_s: seconds after which it is given up whatever failed, 429s too; counted from its turn to be asked on.
         backoff_s: first wait after a failure, in seconds; it doubles and is drawn at random.
         eject_after: failures in a row after which an endpoint is left alone for a while.
         eject_s: seconds of the first such while.
@@ -103,22 +103,33 @@ class VlmJudge(Reward):
         return _Elsewhere()
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+        return self.begin(pixels_B3HW, examples).finish()
+
+    def begin(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Begun[Score]:
+        """Send the questions off. Those of all batches begun share `concurrency`, and are asked in their order."""
         put = [
             self.question.put(pixels_3HW, example) if bool(pixels_3HW.isfinite().all()) else None
             for pixels_3HW, example in zip(pixels_B3HW.detach(), examples, strict=True)
         ]
         asked = [parts for parts in put if parts is not None]
-        outcomes = self.service.ask(self.question, asked)
+        applies, device = [parts is not None for parts in put], pixels_B3HW.device
+        wait = self.service.begin(self.question, asked)
+        return Begun(lambda: self._scored(wait(), applies, device))
+
+    def give_up(self) -> None:
+        """Questions that wait for their turn are not asked any more."""
+        self.service.give_up()
+
+    def _scored(self, outcomes: Sequence[Outcome], applies: Sequence[bool], device: torch.device) -> Score:
         waiting = iter(outcomes)
-        answers = [None if parts is None else next(waiting).answer for parts in put]
+        answers = [next(waiting).answer if asked else None for asked in applies]
         # NaN where there is no score: no mean can take it for one.
         values = [math.nan if answer is None else answer.value for answer in answers]
-        device = pixels_B3HW.device
         self._warn(outcomes)
         return Score(
             value_B=torch.tensor(values, dtype=torch.float32, device=device),
             valid_B=torch.tensor([answer is not None for answer in answers], device=device),
-            counts={**_count(outcomes), "not_applicable": float(len(put) - len(asked))},
+            counts={**_count(outcomes), "not_applicable": float(applies.count(False))},
         )
 
     def _warn(self, outcomes: Sequence[Outcome]) -> None:

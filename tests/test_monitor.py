@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rewardgen import build
+from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
 from rewardgen.config import load_experiment
 from rewardgen.errors import ConfigError, UserError
 from rewardgen.evaluation.evaluate import Evaluation
@@ -120,7 +121,8 @@ def test_other_examples_are_refused() -> None:
 
 def test_the_control_of_the_same_or_latest_earlier_step_is_taken(tmp_path: Path) -> None:
     control = Monitor(MonitorConfig(), made(tmp_path / "control"), rewards=[], witnesses=[])
-    control.begin(CONTROL)
+    control.begin(evaluation(statistic_sharpness=1.5))
+    control.check(5, CONTROL, [])
     control.check(10, evaluation(statistic_sharpness=1.5), [])
     config = MonitorConfig(control=str(tmp_path / "control"))
     run = Monitor(config, made(tmp_path / "run"), rewards=["style"], witnesses=["layout"])
@@ -132,6 +134,29 @@ def test_the_control_of_the_same_or_latest_earlier_step_is_taken(tmp_path: Path)
     assert run.check(9, drifted, examples) == [], "it is said once"
     assert Monitor(config, tmp_path / "run", rewards=[], witnesses=[]).check(10, drifted, examples) == []
     assert json.loads((tmp_path / "run" / "monitor" / "step-000009-sharpness.json").read_text())["effect"] > 1.4
+    assert run.remark(9) is None
+
+
+def test_a_control_s_own_start_is_the_base_and_no_control(tmp_path: Path) -> None:
+    control = Monitor(MonitorConfig(), made(tmp_path / "control"), rewards=[], witnesses=[])
+    control.begin(CONTROL)
+    control.check(10, CONTROL, [])
+    config = MonitorConfig(control=str(tmp_path / "control"))
+    run = Monitor(config, made(tmp_path / "run"), rewards=["style"], witnesses=["layout"])
+    run.begin(CONTROL)
+    drifted = evaluation(statistic_sharpness=1.5)
+    (finding,) = run.check(9, drifted, [Example(id=name) for name in CONTROL.example_ids])
+    assert finding.against == "start"
+    assert "against the run's start (monitor.control has no evaluation between its start and step 9)" in str(finding)
+    told = run.remark(9)
+    assert told is not None
+    assert "no evaluation between its start and step 9" in told
+    assert run.remark(9) is None, "it is said once"
+    alone = Monitor(MonitorConfig(), made(tmp_path / "alone"), rewards=[], witnesses=[])
+    alone.begin(CONTROL)
+    (finding,) = alone.check(9, drifted, [Example(id=name) for name in CONTROL.example_ids])
+    assert "against the run's start (no monitor.control)" in str(finding)
+    assert alone.remark(9) is None
 
 
 def test_a_resumed_run_forgets_what_comes_again(tmp_path: Path) -> None:
@@ -200,10 +225,29 @@ def test_a_planted_game_is_caught_against_the_supervised_control(
     record: dict[str, Any] = json.loads((tmp_path / "game" / FILE).read_text())
     assert list(record["evaluations"]) == ["0", "4", "8", "12"]
     assert "statistic" not in (tmp_path / "game" / "comparison.md").read_text()
-    with pytest.raises(DriftError, match=r"stop_on_drift is set: step [48]: brightness"):
-        train("stopped", control, "monitor.stop_on_drift=true")
+    stopping = [control, "monitor.stop_on_drift=true", "train.keep_best=1", "train.keep_best_metric=light"]
+    with pytest.raises(DriftError, match=r"stop_on_drift is set: step [48]: brightness.*go on from step [48] with"):
+        train("stopped", *stopping)
+    saved = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert saved is not None, "nothing is lost, though checkpoint_every is 0"
+    state = load_checkpoint(saved)[1]
+    assert state["completed_steps"] in (4, 8)
+    assert list(state["best"]) == [str(state["completed_steps"])], "the evaluation that stopped it counts"
     train("off", "monitor.enabled=false", "train.num_steps=1")
     assert not (tmp_path / "off" / FILE).exists()
+
+
+@pytest.mark.parametrize("every", [0, 12, 100])
+def test_a_run_that_nothing_could_stop_is_refused(tmp_path: Path, every: int) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY)
+    asked = [f"evaluation.every={every}", "monitor.stop_on_drift=true"]
+    with pytest.raises(
+        ConfigError, match=rf"monitor\.stop_on_drift \(override\): .*12 steps.*evaluation\.every = {every}"
+    ):
+        load_experiment(path, overrides=asked)
+    load_experiment(path, overrides=[*asked, "monitor.enabled=false"])
+    load_experiment(path, overrides=[*asked, "train.num_steps=101", "evaluation.every=100"])
 
 
 def made(folder: Path) -> Path:

@@ -539,6 +539,20 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ObjectiveConfig.model_validate({"rewards": {"policy_gradient": {"use": "toy"}}})
 
 
+@BOTH
+def test_names_of_trl_are_understood(settings: dict[str, Any]) -> None:
+    for written, meant in ((True, "group"), (False, "none"), ("group", "group"), ("batch", "batch"), ("none", "none")):
+        made = ObjectiveConfig.model_validate(
+            {"policy_gradient": settings | {"scale_rewards": written}}
+        ).policy_gradient
+        assert made is not None
+        assert made.scale_rewards == meant
+        assert made.model_dump()["scale_rewards"] == meant
+    for wrong in (1, 0, None, "std"):
+        with pytest.raises(ValidationError, match="scale_rewards"):
+            ObjectiveConfig.model_validate({"policy_gradient": settings | {"scale_rewards": wrong}})
+
+
 def test_who_learns_from_what() -> None:
     def objective(judge: dict[str, Any], more: dict[str, Any]) -> Objective:
         rewards = {"style": {"use": "toy"}, "judge": {"use": "toy"} | judge}
@@ -594,6 +608,9 @@ def test_an_experiment_says_what_cannot_be_before_anything_is_read() -> None:
     assert isinstance(full, GrpoConfig)
     assert full.window is not None
     assert full.window.move_every == 25
+    unscaled = load_experiment(EXPERIMENT, None, ["objective.policy_gradient.scale_rewards=false"])
+    assert unscaled.objective.policy_gradient is not None
+    assert unscaled.objective.policy_gradient.scale_rewards == "none"
     nft = load_experiment(EXPERIMENT, None, ["objective.policy_gradient={kind: nft}"]).objective.policy_gradient
     assert nft == NftConfig(kind="nft"), "settings of another kind do not carry over"
     for override, message in (
@@ -608,6 +625,8 @@ def test_an_experiment_says_what_cannot_be_before_anything_is_read() -> None:
         ),
         ("objective.policy_gradient.epsilom=0.1", r"policy_gradient\.epsilom.*unknown key.*epsilon"),
         ("objective.policy_gradient.kind=ppo", "policy_gradient"),
+        ("objective.policy_gradient.reward_weights=[1]", r"reward_weights.*unknown key.*rewards\.NAME\.weight"),
+        ("objective.policy_gradient={kind: nft, reward_weights: [1]}", r"reward_weights.*rewards\.NAME\.weight"),
         ("rollout.buckets=[[64, 64], [32, 64]]", "rollout.buckets.*drawn in one size"),
     ):
         with pytest.raises(ConfigError, match=message):

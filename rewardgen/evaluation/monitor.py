@@ -58,7 +58,17 @@ class MonitorConfig(Settings):
     diversity_examples: int = Field(default=4, ge=0)
     """Examples that are drawn with two more seeds to see whether pictures become alike; 0 leaves that out."""
     stop_on_drift: bool = False
-    """End the run at the first warning during training, before the next step."""
+    """End the run at the first warning during training, before the next step, with a checkpoint. Needs
+    `evaluation.every`."""
+
+    def never_stops(self, every: int, num_steps: int) -> str | None:
+        """Why `stop_on_drift` could not end a run with these evaluations; None where it could, or is not on."""
+        if not (self.enabled and self.stop_on_drift) or 0 < every < num_steps:
+            return None
+        return (
+            f"nothing is looked at before the end of {num_steps} steps with evaluation.every = {every}; set that to the"
+            " number of steps between evaluations"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +85,7 @@ class Finding:
         reward_change: of that reward.
         against: `control` or `start`.
         examples: ids of those that moved the most in the warning's direction, the most moved first.
+        no_control: why it is against the start, where it is.
     """
 
     step: int
@@ -86,9 +97,10 @@ class Finding:
     examples: tuple[str, ...]
     reward: str | None = None
     reward_change: Interval | None = None
+    no_control: str = "no monitor.control"
 
     def __str__(self) -> str:
-        against = "the supervised control" if self.against == "control" else "the run's start (no monitor.control)"
+        against = "the supervised control" if self.against == "control" else f"the run's start ({self.no_control})"
         moved = f"{self.change.value:+.4f}, {self.effect:+.2f} standard deviations, against {against}"
         if self.kind == "drift":
             return f"step {self.step}: {self.name.removeprefix(PREFIX)} of the pictures has drifted by {moved}"
@@ -179,6 +191,7 @@ class Monitor:
         self._control = read(Path(config.control) / FILE, "monitor.control") if config.control else {}
         self._start: Evaluation | None = None
         self._said: set[tuple[str, str]] = set()
+        self._remarked = False
         self._evaluations: dict[int, Evaluation] = {}
         with contextlib.suppress(ConfigError):  # a new run; or a damaged record, which must not keep one from resuming
             self._evaluations = read(folder / FILE, "the run's own record")
@@ -192,25 +205,41 @@ class Monitor:
     def check(self, step: int, now: Evaluation, examples: Sequence[Example]) -> list[Finding]:
         """Note an evaluation and compare it with the control's of the same or the latest earlier step.
 
-        What was found before is not said again. Pictures of a new finding are saved beside the start's, as far as
-        both evaluations kept them.
+        The control's evaluation before its first step is the base, and no control. Where it has no other yet, the
+        run's own start takes its place, and what is found says so. What was found before is not said again. Pictures
+        of a new finding are saved beside the start's, as far as both evaluations kept them.
 
         Raises:
             UserError: the control was evaluated on other examples.
         """
         self._note(step, now)
-        earlier = [at for at in self._control if at <= step]
+        earlier = self._controls(step)
         against: Literal["control", "start"] = "control" if earlier else "start"
         reference = self._control[max(earlier)] if earlier else self._start
         if reference is None:
             return []
         parts = {"rewards": self.rewards, "witnesses": self.witnesses}
         found = find(step, now, reference, config=self.config, against=against, **parts)
+        if self.config.control is not None:
+            found = [dataclasses.replace(finding, no_control=_too_late(step)) for finding in found]
         new = [finding for finding in found if (finding.kind, finding.name) not in self._said]
         self._said |= {(finding.kind, finding.name) for finding in new}
         for finding in new:
             self._show(finding, now, examples)
         return new
+
+    def remark(self, step: int) -> str | None:
+        """What is to be said once of a control that cannot serve as one at a step; None where there is nothing."""
+        if self.config.control is None or self._remarked or self._controls(step):
+            return None
+        self._remarked = True
+        return (
+            f"{_too_late(step)}; step {step} is compared with the run's own start. Give both runs one evaluation.every"
+        )
+
+    def _controls(self, step: int) -> list[int]:
+        """Steps of the control's evaluations that a step may be compared with."""
+        return [at for at in self._control if 0 < at <= step]
 
     def _note(self, step: int, evaluation: Evaluation) -> None:
         self._evaluations[step] = evaluation
@@ -267,6 +296,10 @@ def read(path: Path, what: str) -> dict[int, Evaluation]:
         ) from None
     except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{what}: {path} is no record of a monitor: {type(error).__name__}: {error}") from None
+
+
+def _too_late(step: int) -> str:
+    return f"monitor.control has no evaluation between its start and step {step}"
 
 
 def _both(name: str, now: Evaluation, reference: Evaluation) -> tuple[torch.Tensor, torch.Tensor] | None:

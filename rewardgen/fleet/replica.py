@@ -15,7 +15,7 @@ import torch
 import rewardgen
 from rewardgen.fleet.payload import Packed, examples_in, pack, unpack
 from rewardgen.reward import RewardWarning
-from rewardgen.types import Example
+from rewardgen.types import Begun, Example
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,8 @@ class Replica:
             values.append(unpack(arg, own or ()))
             examples += examples_in(values[-1]) if own is None else own
         with warnings.catch_warnings(record=True) as caught:
-            packed = pack(getattr(self._worker, method)(*values), examples)
+            made = getattr(self._worker, method)(*values)
+            packed = pack(made.finish() if isinstance(made, Begun) else made, examples)
         for other in (warning for warning in caught if not issubclass(warning.category, RewardWarning)):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
         return tuple(str(warning.message) for warning in caught if issubclass(warning.category, RewardWarning)), packed

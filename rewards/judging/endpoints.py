@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -71,23 +72,36 @@ class Endpoints:
         self._concurrency, self._adaptive = concurrency, adaptive
         self._eject_after, self._eject_s, self._clock = eject_after, eject_s, clock
         self._changed = threading.Condition()
+        self.waiting: deque[object] = deque()
+        """Those who wait for a place, the first one first."""
 
-    def take(self, *, not_at: Endpoint | None = None, timeout_s: float = 0.0) -> Lease | None:
-        """Wait for a free place, at another endpoint than `not_at` where one has any; None after `timeout_s`."""
-        end = time.monotonic() + timeout_s
+    def take(
+        self, *, not_at: Endpoint | None = None, timeout_s: float = 0.0, stop: threading.Event | None = None
+    ) -> Lease | None:
+        """Wait for a free place, at another endpoint than `not_at` where one has any.
+
+        Places are given in the order of asking. None after `timeout_s`, or soon after `stop` is set.
+        """
+        end, turn = time.monotonic() + timeout_s, object()
         with self._changed:
-            while True:
-                now = self._clock()
-                free = [e for e in self.all if e.in_flight < int(e.limit) and e.ejected_until <= now]
-                if free:
-                    chosen = min(free, key=lambda e: (e is not_at, e.in_flight / e.limit))
-                    chosen.in_flight += 1
-                    return Lease(chosen, now)
-                left = end - time.monotonic()
-                if left <= 0:
-                    return None
-                # An ejection ends without anyone's notice.
-                self._changed.wait(min(left, 0.5))
+            self.waiting.append(turn)
+            try:
+                while stop is None or not stop.is_set():
+                    now = self._clock()
+                    free = [e for e in self.all if e.in_flight < int(e.limit) and e.ejected_until <= now]
+                    if free and self.waiting[0] is turn:
+                        chosen = min(free, key=lambda e: (e is not_at, e.in_flight / e.limit))
+                        chosen.in_flight += 1
+                        return Lease(chosen, now)
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        return None
+                    # An ejection ends without anyone's notice.
+                    self._changed.wait(min(left, 0.5))
+                return None
+            finally:
+                self.waiting.remove(turn)
+                self._changed.notify_all()  # somebody else is first now
 
     def succeeded(self, lease: Lease, *, refuses_logprobs: bool = False) -> None:
         """Give a place back after an answer, which came only without log-probabilities where `refuses_logprobs`."""

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -82,6 +82,8 @@ class JudgeService:
             eject_after=config.eject_after,
             eject_s=config.eject_s,
         )
+        self._stop = threading.Event()
+        self._threads: ThreadPoolExecutor | None = None
         # Waits must not depend on, or disturb, the generators that training draws from.
         self._random = random.Random()
 
@@ -93,30 +95,50 @@ class JudgeService:
         return {endpoint.url: endpoint.limit for endpoint in self._endpoints.all}
 
     def ask(self, question: Question, asked: Sequence[Sequence[Part]]) -> list[Outcome]:
-        """Answers to one question about several pictures, in their order. Equal ones are asked once.
+        """Answers to one question about several pictures, in their order. Equal ones are asked once."""
+        return self.begin(question, asked)()
 
-        Pictures become files in the threads that ask: the first calls are made while others' are still to be encoded.
+    def begin(self, question: Question, asked: Sequence[Sequence[Part]]) -> Callable[[], list[Outcome]]:
+        """As `ask`, without waiting: that is left to what is returned.
+
+        Whatever is begun is asked in the order of beginning, as many questions at a time as the endpoints are given.
+        If waiting for one of them is interrupted, all are given up. Pictures become files in the threads that ask: the
+        first calls are made while others' are still to be encoded.
         """
         put = [tuple(part if isinstance(part, str) else Picture.of(part) for part in parts) for parts in asked]
         todo = dict.fromkeys(put)
         if not todo:
-            return []
-        key = read_key(self.config.key_env)
-        stop = threading.Event()
-        workers = min(len(todo), self.config.concurrency * len(self._urls))
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
-        try:
-            futures = {parts: pool.submit(self._one, question, parts, key, stop) for parts in todo}
-            found = {parts: future.result() for parts, future in futures.items()}
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-        # What was counted belongs to the first of equal ones.
-        first = {parts: index for index, parts in reversed(list(enumerate(put)))}
-        return [
-            found[parts] if first[parts] == index else replace(found[parts], counts={})
-            for index, parts in enumerate(put)
-        ]
+            return list
+        key, stop = read_key(self.config.key_env), self._stop
+        if self._threads is None:
+            # No more than can be under way: what waits its turn here is not yet running out of time (`give_up_s`).
+            workers = self.config.concurrency * len(self._urls)
+            self._threads = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+        submit = self._threads.submit
+        futures = {parts: submit(self._one, question, parts, key, stop) for parts in todo}
+
+        def wait() -> list[Outcome]:
+            try:
+                found = {parts: future.result() for parts, future in futures.items()}
+            except BaseException:
+                self.give_up()
+                raise
+            # What was counted belongs to the first of equal ones.
+            first = {parts: index for index, parts in reversed(list(enumerate(put)))}
+            return [
+                found[parts] if first[parts] == index else replace(found[parts], counts={})
+                for index, parts in enumerate(put)
+            ]
+
+        return wait
+
+    def give_up(self) -> None:
+        """Make no further call for what was begun. Calls under way are not waited for."""
+        self._stop.set()
+        self._stop = threading.Event()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
 
     def _one(
         self, question: Question, parts: Sequence[str | Picture], key: str | None, stop: threading.Event
@@ -131,7 +153,7 @@ class JudgeService:
         end = time.monotonic() + self.config.give_up_s
         charged, failure = 0, CallError("timeout", f"no endpoint had room within {self.config.give_up_s:g} s")
         endpoint: Endpoint | None = None
-        while (lease := self._endpoints.take(not_at=endpoint, timeout_s=end - time.monotonic())) is not None:
+        while lease := self._endpoints.take(not_at=endpoint, timeout_s=end - time.monotonic(), stop=stop):
             endpoint = lease.endpoint
             result = self._attempt(question, lease, body, key, counts)
             if isinstance(result, Answer):
