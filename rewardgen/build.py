@@ -156,7 +156,7 @@ def _train(experiment: Experiment, folder: Path, processes: Processes, stack: Ex
         write_manifest(folder, experiment=resolved, weights=_weight_files(experiment), seeds={"run": experiment.seed})
     tally = Tally(folder)
     if processes.is_first:
-        stack.callback(tally.write)  # however the run ends
+        stack.enter_context(tally)  # written however the run ends
     console.print(f"{experiment.name}: {_count(parts.policy)} parameters trained, run folder {folder}")
     evaluates = processes.is_first or isinstance(parts.policy, ShardedPolicy)
     start = _evaluate(experiment, parts, averaged=False, monitored=True) if evaluates else None

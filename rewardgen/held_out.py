@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 
 from rewardgen.config import Experiment
+from rewardgen.errors import UserError
 from rewardgen.evaluation.evaluate import Evaluation, add_counts, evaluate
 from rewardgen.evaluation.monitor import Monitor, statistics_metrics, with_diversity
 from rewardgen.learner import Learner
@@ -82,6 +83,8 @@ def warn(monitor: Monitor | None, step: int, now: Evaluation, examples: list[Exa
 class Tally:
     """What a run's rewards and witnesses counted (`Score.counts`), such as a judge's answers by the way they came.
 
+    As a context it writes them at its end.
+
     Args:
         folder: the run's folder, which has a manifest and `metrics.jsonl`.
     """
@@ -89,6 +92,16 @@ class Tally:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._evaluations: defaultdict[str, dict[str, float]] = defaultdict(dict)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.write()
+        except UserError:
+            if failed is None:  # otherwise the run's own error says more
+                raise
 
     def add(self, evaluation: Evaluation | None) -> None:
         """Add an evaluation's counts to those of the earlier ones."""

@@ -113,7 +113,7 @@ class TestFit:
         assert report["before"]["balanced_accuracy"] < 0.8
         assert report["after"]["balanced_accuracy"] >= 0.95
         assert report["after"]["counts"] == {"no": 20, "yes": 20}
-        taught = LocalVlmJudge.from_pretrained(str(tmp_path / "judge"), str(tmp_path / "light.txt"))
+        taught = LocalVlmJudge.from_pretrained(str(tmp_path / "judge"), str(tmp_path / "light.txt"), min_mass=0.0)
         pixels = torch.stack([torch.full((3, 16, 16), level) for level in (0.8, 0.2)])
         value_B = taught.score(pixels, [Example(id="a"), Example(id="b")]).value_B
         assert value_B[0] > 0.6 > 0.4 > value_B[1]
