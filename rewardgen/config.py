@@ -337,8 +337,8 @@ def _cross_checks(experiment: Experiment) -> Iterator[Fault]:
         yield "evaluation.grid_examples", f"{shown} pictures cannot be shown of evaluation.num_examples = {drawn}"
     if experiment.train.strategy == "fsdp" and (experiment.fleet.remote_rollouts or experiment.fleet.staleness):
         yield "fleet", "a sharded model draws its own rollouts with its newest weights: pool inline, staleness 0"
-    if reason := experiment.monitor.never_stops(experiment.evaluation.every, num_steps):
-        yield "monitor.stop_on_drift", reason
+    if idle := experiment.monitor.never_stops(experiment.evaluation.every, num_steps):
+        yield "monitor.stop_on_drift", idle
     yield from _placement_checks(experiment)
     yield from _value_checks(experiment)
 
