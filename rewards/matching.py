@@ -23,7 +23,7 @@ from rewardgen.rewards.faces.explain import face_matches
 from rewardgen.rewards.faces.windows import untouched, window_transforms, windows
 from rewardgen.types import Example, FaceMatches, Score
 
-Normalise = Literal["pairs", "matches"]
+Normalise = Literal["pairs", "matches", "each"]
 
 
 def matching_value(
@@ -41,7 +41,9 @@ def matching_value(
         matched_BMN: bool, the pairs that belong together, chosen without gradient.
         present_BMN: bool, the pairs that exist: references and faces are padded to the largest picture of the batch.
         normalise: `pairs` divides by MN, as the official code does; perfect matches of people with nothing in common
-            are then worth 1 / max(M, N). `matches` divides by min(M, N), which makes them worth 1 for any number.
+            are then worth 1 / max(M, N). `matches` divides by min(M, N), which makes them worth 1 for any number; but
+            with n people there are n - 1 times as many other pairs as matches, and the push apart outweighs the pull.
+            `each` divides matched pairs by their number and all others by theirs: pull and push weigh the same.
         floor: cosines of unmatched pairs below it count as `floor` and carry no gradient. Without it, as officially,
             two different people are pushed on towards a cosine of -1, which no two faces have.
 
@@ -49,11 +51,18 @@ def matching_value(
         0, with a gradient of 0, where a picture has no pair.
     """
     apart_BMN = similarity_BMN if floor is None else similarity_BMN.clamp(min=floor)
+    if normalise == "each":
+        return _mean(similarity_BMN, matched_BMN) - _mean(apart_BMN, present_BMN & ~matched_BMN)
     signed_BMN = torch.where(matched_BMN, similarity_BMN, -apart_BMN)
     counted_BMN = present_BMN if normalise == "pairs" else matched_BMN
     # Chosen, not multiplied by 0: the padding must stay out even where an embedding is NaN.
     total_B = torch.where(present_BMN, signed_BMN, 0).sum((1, 2))
     return total_B / counted_BMN.sum((1, 2)).clamp(min=1)
+
+
+def _mean(values_BMN: Tensor, chosen_BMN: Tensor) -> Tensor:
+    """[B], over the chosen; 0 where none is."""
+    return torch.where(chosen_BMN, values_BMN, 0).sum((1, 2)) / chosen_BMN.sum((1, 2)).clamp(min=1)
 
 
 class MatchingReward(Reward):

@@ -100,14 +100,22 @@ def value_of(similarity_MN: Tensor, **options: Any) -> Tensor:
 
 class TestValue:
     @pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (3, 2), (2, 5)])
-    @pytest.mark.parametrize("normalise", ["pairs", "matches"])
+    @pytest.mark.parametrize("normalise", ["pairs", "matches", "each"])
     @pytest.mark.parametrize("floor", [None, 0.1])
     def test_it_is_the_formula(self, m, n, normalise, floor):
-        similarity, total = random_similarity(m, n), 0.0
+        similarity, pull, push = random_similarity(m, n), 0.0, 0.0
         for i, j in itertools.product(range(m), range(n)):
             cosine = float(similarity[i, j])
-            total += cosine if assign(similarity)[i, j] else -(cosine if floor is None else max(cosine, floor))
-        expected = total / (m * n if normalise == "pairs" else min(m, n))
+            if assign(similarity)[i, j]:
+                pull += cosine
+            else:
+                push += cosine if floor is None else max(cosine, floor)
+        matches, others = min(m, n), m * n - min(m, n)
+        expected = {
+            "pairs": (pull - push) / (m * n),
+            "matches": (pull - push) / matches,
+            "each": pull / matches - (push / others if others else 0),
+        }[normalise]
         assert float(value_of(similarity, normalise=normalise, floor=floor)) == pytest.approx(expected, abs=1e-12)
 
     @pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (6, 6), (6, 4), (3, 5)])
@@ -116,6 +124,15 @@ class TestValue:
         similarity = torch.eye(max(m, n), dtype=torch.float64)[:m, :n]
         assert float(value_of(similarity)) == pytest.approx(1 / max(m, n))
         assert float(value_of(similarity, normalise="matches")) == pytest.approx(1)
+        assert float(value_of(similarity, normalise="each")) == pytest.approx(1)
+
+    @pytest.mark.parametrize("people", [2, 4, 6])
+    def test_pull_and_push_weigh_the_same_only_where_each_is_divided_by_its_number(self, people):
+        similarity = random_similarity(people, people).requires_grad_()
+        matched = assign(similarity.detach())
+        for normalise, outweighs in (("pairs", people - 1), ("matches", people - 1), ("each", 1)):
+            (grad,) = torch.autograd.grad(value_of(similarity, normalise=normalise), similarity)
+            assert -float(grad[~matched].sum() / grad[matched].sum()) == pytest.approx(outweighs)
 
     def test_the_floor_stops_the_push_between_strangers_only(self):
         similarity = torch.tensor([[-0.5, 0.3], [-0.2, 0.4]], dtype=torch.float64).requires_grad_()
@@ -126,7 +143,7 @@ class TestValue:
         (floored,) = torch.autograd.grad(value_of(similarity, floor=0.0), similarity)
         assert floored.tolist() == [[0, 0.25], [0.25, -0.25]]  # (1, 0) is matched: it may still rise
 
-    @pytest.mark.parametrize("options", [{}, {"normalise": "matches"}, {"floor": 0.05}])
+    @pytest.mark.parametrize("options", [{}, {"normalise": "matches"}, {"normalise": "each"}, {"floor": 0.05}])
     def test_gradient_in_the_embeddings(self, options):
         refs = torch.nn.functional.normalize(random_similarity(3, 8, 1), dim=-1)
         drawn = random_similarity(4, 8, 2).requires_grad_()
