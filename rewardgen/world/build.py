@@ -46,6 +46,7 @@ def pieces() -> dict[str, Piece]:
         judge,
         people_vae,
         reader,
+        traits,
         uno_base,
         vae,
     )
@@ -66,6 +67,7 @@ def pieces() -> dict[str, Piece]:
         "people_vae": Piece((people_vae.RECIPE,), ("vae",), (people_vae.FOLDER,), people_vae.build, drawn),
         "detector": Piece((detector.RECIPE,), ("people_vae",), (detector.FILE,), detector.build, drawn),
         "embedder": Piece((embedder.RECIPE,), ("people_vae",), (embedder.FILE,), embedder.build, drawn),
+        "traits": Piece((traits.RECIPE,), ("people_vae",), (traits.FILE,), traits.build, drawn),
         "uno": Piece(
             uno_base.STAGES,
             ("base", "encoders", "people_vae", "detector", "embedder"),

@@ -12,6 +12,7 @@ from rewardgen.types import Example
 from rewardgen.world.faces import MAX_PEOPLE, draw_groups, portraits
 from rewardgen.world.people import People, draw_people
 from rewardgen.world.scenes import Split
+from rewardgen.world.traits import traits
 
 _SEEDS = {"train": 3_000_000, "held_out": 4_000_000}
 LOOKALIKES = 0.4
@@ -25,8 +26,8 @@ class TinyPeople:
 
     Identities of `held_out` never occur in `train` (see `people.draw_people`); within a split each occurs once.
     Training targets are imperfect: some people in them are only look-alikes (`lookalikes`). Held-out targets are true.
-    `extras` hold the true picture (`truth` [3, 96, 96]), the places taken (`places` [6], bool) and each person's
-    (`place_of`, in the order of the references).
+    `extras` hold the true picture (`truth` [3, 96, 96]), the places taken (`places` [6], bool), each person's place
+    (`place_of`) and who they are (`traits`), both in the order of the references.
 
     Args:
         split: "train" or "held_out".
@@ -63,6 +64,7 @@ class TinyPeople:
         self._who_NK[present_NK] = torch.arange(int(count_N.sum()))
         wanted = draw_people(int(count_N.sum()), base, which)
         self._portraits = _bytes(portraits(wanted, base + 10)[0])
+        self._traits = traits(wanted)
         truth, known, self._prompts = draw_groups(wanted, self._who_NK, base + 20)
         self._truth = _bytes(truth)
         self._place_NK = known.place_NK
@@ -86,6 +88,7 @@ class TinyPeople:
                 "truth": self._truth[index] / 255,
                 "places": self._places[index],
                 "place_of": self._place_NK[index][who_K >= 0],
+                "traits": self._traits[who_K[who_K >= 0]],
             },
         )
 

@@ -21,12 +21,13 @@ def disturb(pixels: Tensor, vae: AutoencoderKL, seed: int) -> Tensor:
         out[coded] = vae.decode(latents + wobble * torch.randn(latents.shape, generator=rng)).sample / 2 + 0.5
     sigma = 0.08 * torch.rand(len(noisy), 1, 1, 1, generator=rng)
     out[noisy] = out[noisy] + sigma * torch.randn(out[noisy].shape, generator=rng)
-    out[soft] = _blur(out[soft], 0.6)
+    out[soft] = blur(out[soft], 0.6)
     shift = torch.randint(-1, 2, (2,), generator=rng).tolist()
     return torch.roll(out, shift, (2, 3)).clamp(0, 1)
 
 
-def _blur(pixels: Tensor, sigma: float) -> Tensor:
+def blur(pixels: Tensor, sigma: float) -> Tensor:
+    """Pictures [N, 3, H, W] through a Gaussian of so many pixels, cut off at 2."""
     axis = torch.arange(-2, 3, dtype=pixels.dtype)
     kernel = torch.exp(-axis.square() / (2 * sigma**2))
     kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
