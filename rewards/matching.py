@@ -24,6 +24,7 @@ from rewardgen.rewards.faces.windows import untouched, window_transforms, window
 from rewardgen.types import Example, FaceMatches, Score
 
 Normalise = Literal["pairs", "matches", "each"]
+Negatives = Literal["all", "hardest"]
 
 
 def matching_value(
@@ -32,6 +33,7 @@ def matching_value(
     present_BMN: Tensor,
     *,
     normalise: Normalise = "pairs",
+    negatives: Negatives = "all",
     floor: float | None = None,
 ) -> Tensor:
     """MIMR of each picture, [B]: `1/(MN) * sum_ij s_ij cos_ij`, s = 1 for matched pairs and -1 for all others.
@@ -43,26 +45,43 @@ def matching_value(
         normalise: `pairs` divides by MN, as the official code does; perfect matches of people with nothing in common
             are then worth 1 / max(M, N). `matches` divides by min(M, N), which makes them worth 1 for any number; but
             with n people there are n - 1 times as many other pairs as matches, and the push apart outweighs the pull.
-            `each` divides matched pairs by their number and all others by theirs: pull and push weigh the same.
+            `each` divides matched pairs by their number and the others by theirs: pull and push weigh the same.
+        negatives: which other pairs count against it: `all`, as officially, or of each reference only the `hardest`,
+            the face most like it among those that are not its own. Who is confused is settled there; the mean of all
+            hardly moves it.
         floor: cosines of unmatched pairs below it count as `floor` and carry no gradient. Without it, as officially,
             two different people are pushed on towards a cosine of -1, which no two faces have.
 
     Returns:
         0, with a gradient of 0, where a picture has no pair.
     """
+    others_BMN = present_BMN & ~matched_BMN
+    if negatives == "hardest":
+        others_BMN = _hardest(similarity_BMN, others_BMN)
     apart_BMN = similarity_BMN if floor is None else similarity_BMN.clamp(min=floor)
     if normalise == "each":
-        return _mean(similarity_BMN, matched_BMN) - _mean(apart_BMN, present_BMN & ~matched_BMN)
-    signed_BMN = torch.where(matched_BMN, similarity_BMN, -apart_BMN)
+        return _mean(similarity_BMN, matched_BMN) - _mean(apart_BMN, others_BMN)
     counted_BMN = present_BMN if normalise == "pairs" else matched_BMN
-    # Chosen, not multiplied by 0: the padding must stay out even where an embedding is NaN.
-    total_B = torch.where(present_BMN, signed_BMN, 0).sum((1, 2))
+    total_B = _sum(similarity_BMN, matched_BMN) - _sum(apart_BMN, others_BMN)
     return total_B / counted_BMN.sum((1, 2)).clamp(min=1)
+
+
+def _hardest(similarity_BMN: Tensor, others_BMN: Tensor) -> Tensor:
+    """Bool [B, M, N]: of each reference the largest cosine among its others, where it has any."""
+    if not similarity_BMN.shape[2]:
+        return others_BMN
+    largest_BM1 = similarity_BMN.detach().masked_fill(~others_BMN, -torch.inf).argmax(2, keepdim=True)
+    return torch.zeros_like(others_BMN).scatter(2, largest_BM1, True) & others_BMN
+
+
+def _sum(values_BMN: Tensor, chosen_BMN: Tensor) -> Tensor:
+    """[B], over the chosen. Chosen, not multiplied by 0: padding must stay out even where an embedding is NaN."""
+    return torch.where(chosen_BMN, values_BMN, 0).sum((1, 2))
 
 
 def _mean(values_BMN: Tensor, chosen_BMN: Tensor) -> Tensor:
     """[B], over the chosen; 0 where none is."""
-    return torch.where(chosen_BMN, values_BMN, 0).sum((1, 2)) / chosen_BMN.sum((1, 2)).clamp(min=1)
+    return _sum(values_BMN, chosen_BMN) / chosen_BMN.sum((1, 2)).clamp(min=1)
 
 
 class MatchingReward(Reward):
@@ -92,6 +111,7 @@ class MatchingReward(Reward):
     Args:
         faces: detector and face network.
         normalise: see `matching_value`.
+        negatives: see `matching_value`.
         floor: see `matching_value`; in [-1, 1].
         miss: weight of the miss term, 0 (off) or more.
         extra: weight of the extra term, 0 (off) or more.
@@ -109,6 +129,7 @@ class MatchingReward(Reward):
         faces: FaceEncoder,
         *,
         normalise: Normalise = "pairs",
+        negatives: Negatives = "all",
         floor: float | None = None,
         miss: float = 0.0,
         extra: float = 0.0,
@@ -118,6 +139,7 @@ class MatchingReward(Reward):
         _check_options(floor, miss, extra)
         self.faces = faces
         self.normalise: Normalise = normalise
+        self.negatives: Negatives = negatives
         self.floor, self.miss, self.extra, self.references = floor, miss, extra, references
 
     @classmethod
@@ -128,6 +150,7 @@ class MatchingReward(Reward):
         detector: str = "given",
         confidence: float | None = None,
         normalise: Normalise = "pairs",
+        negatives: Negatives = "all",
         floor: float | None = None,
         miss: float = 0.0,
         extra: float = 0.0,
@@ -136,7 +159,9 @@ class MatchingReward(Reward):
         """Read an IResNet (`load_iresnet`) and open a detector (`open_detector`); the rest as for the class."""
         _check_options(floor, miss, extra)
         faces = FaceEncoder.from_pretrained(checkpoint, detector, confidence)
-        return cls(faces, normalise=normalise, floor=floor, miss=miss, extra=extra, references=references)
+        return cls(
+            faces, normalise=normalise, negatives=negatives, floor=floor, miss=miss, extra=extra, references=references
+        )
 
     def explain(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> list[FaceMatches]:
         """Who was matched to whom in each picture, without gradient."""
@@ -148,7 +173,14 @@ class MatchingReward(Reward):
         similarity_BMN = pad_sequence(seen.wanted, batch_first=True) @ pad_sequence(seen.drawn, batch_first=True).mT
         present_BMN = _present(num_wanted, num_drawn).to(similarity_BMN.device)
         matched_BMN = assign_batch(similarity_BMN, present_BMN)
-        value_B = matching_value(similarity_BMN, matched_BMN, present_BMN, normalise=self.normalise, floor=self.floor)
+        value_B = matching_value(
+            similarity_BMN,
+            matched_BMN,
+            present_BMN,
+            normalise=self.normalise,
+            negatives=self.negatives,
+            floor=self.floor,
+        )
 
         num_matched = matched_BMN.sum((1, 2)).tolist()
         extra = [n - k if m else 0 for m, n, k in zip(num_wanted, num_drawn, num_matched, strict=True)]

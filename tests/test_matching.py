@@ -134,6 +134,26 @@ class TestValue:
             (grad,) = torch.autograd.grad(value_of(similarity, normalise=normalise), similarity)
             assert -float(grad[~matched].sum() / grad[matched].sum()) == pytest.approx(outweighs)
 
+    @pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (3, 2), (2, 5), (6, 6)])
+    @pytest.mark.parametrize("floor", [None, 0.1])
+    def test_of_the_hardest_negatives_each_reference_has_one(self, m, n, floor):
+        similarity = random_similarity(m, n)
+        matched, hardest = assign(similarity), []
+        for i in range(m):
+            others = [float(similarity[i, j]) for j in range(n) if not matched[i, j]]
+            if others:
+                hardest.append(max(others) if floor is None else max(*others, floor))
+        pull, push = float(similarity[matched].mean()), sum(hardest) / len(hardest) if hardest else 0
+        options = {"negatives": "hardest", "floor": floor}
+        assert float(value_of(similarity, normalise="each", **options)) == pytest.approx(pull - push, abs=1e-12)
+        total = (float(similarity[matched].sum()) - sum(hardest)) / min(m, n)
+        assert float(value_of(similarity, normalise="matches", **options)) == pytest.approx(total, abs=1e-12)
+
+    def test_the_hardest_negative_alone_has_a_gradient(self):
+        similarity = torch.tensor([[0.9, 0.2, 0.3], [0.4, 0.8, 0.1], [0.0, -0.1, 0.7]]).requires_grad_()
+        (grad,) = torch.autograd.grad(value_of(similarity, normalise="each", negatives="hardest"), similarity)
+        torch.testing.assert_close(3 * grad, torch.tensor([[1.0, 0, -1], [-1, 1, 0], [-1, 0, 1]]))
+
     def test_the_floor_stops_the_push_between_strangers_only(self):
         similarity = torch.tensor([[-0.5, 0.3], [-0.2, 0.4]], dtype=torch.float64).requires_grad_()
         # Matched: (0, 1) would total 0.1, the diagonal -0.1.
@@ -143,7 +163,9 @@ class TestValue:
         (floored,) = torch.autograd.grad(value_of(similarity, floor=0.0), similarity)
         assert floored.tolist() == [[0, 0.25], [0.25, -0.25]]  # (1, 0) is matched: it may still rise
 
-    @pytest.mark.parametrize("options", [{}, {"normalise": "matches"}, {"normalise": "each"}, {"floor": 0.05}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"normalise": "matches"}, {"normalise": "each"}, {"negatives": "hardest"}, {"floor": 0.05}]
+    )
     def test_gradient_in_the_embeddings(self, options):
         refs = torch.nn.functional.normalize(random_similarity(3, 8, 1), dim=-1)
         drawn = random_similarity(4, 8, 2).requires_grad_()
@@ -153,14 +175,15 @@ class TestValue:
 
         assert torch.autograd.gradcheck(value, (drawn,))
 
-    def test_padding_stays_out_of_value_and_gradient(self):
+    @pytest.mark.parametrize("negatives", ["all", "hardest"])
+    def test_padding_stays_out_of_value_and_gradient(self, negatives):
         similarity = torch.full((2, 3, 3), torch.nan, dtype=torch.float64)
         similarity[0, :2, :1] = random_similarity(2, 1)
         present = ~similarity.isnan()
         similarity.requires_grad_()
-        value = matching_value(similarity, assign_batch(similarity, present), present)
+        value = matching_value(similarity, assign_batch(similarity, present), present, negatives=negatives)
         alone = similarity[0, :2, :1].detach()
-        assert value.tolist() == [float(value_of(alone)), 0]
+        assert value.tolist() == [float(value_of(alone, negatives=negatives)), 0]
         (grad,) = torch.autograd.grad(value.sum(), similarity)
         assert bool((grad[~present] == 0).all())
 

@@ -19,7 +19,8 @@ from rewardgen.world.recipes import people_vae
 from rewardgen.world.recipes.nuisance import blur, disturb
 from rewardgen.world.recipes.training import Recipe, fit
 from rewardgen.world.scenes import Split
-from rewardgen.world.traits import FILE, TraitReader, cells, load_trait_reader, traits
+from rewardgen.world.traits import FILE as FILE
+from rewardgen.world.traits import TraitReader, cells, load_trait_reader, traits
 
 RECIPE = Recipe(name="traits", version="1", steps=4000, batch=96, lr=2e-3, seed=704)
 PICTURES = 3000
