@@ -4,14 +4,11 @@
     python benchmarks/umo_table.py --arm SIR --seed 1             # only these cells
     python benchmarks/umo_table.py --check                        # train nothing: are the committed cells current?
 
-Five arms start from one base, are trained for as many steps as each other on groups of one to six people, and are
+Four arms start from one base, are trained for as many steps as each other on groups of one to six people, and are
 judged on pictures of 2, 4 and 6 held-out people (`PICTURES` of each number) by ID-Sim, ID-Conf and its coverage, faces
-missing and too many, and the layout witness. All draw from the same noise, so that every change is a paired one. The
-identities and pictures of the table are of data seeds of their own; what settings are chosen on is the experiment's
-own held-out data.
-
-Our options divide by matches, not by all pairs, and that is a larger weight too: `LOUDER` is the official form with the
-weight that makes perfect matches worth as much, on average over one to six people, as divided by matches.
+missing and too many, and three witnesses that share nothing with the rewards' face network. All draw from the same
+noise, so that every change is a paired one. The identities and pictures of the table are of data seeds of their own;
+what settings are chosen on is the experiment's own held-out data.
 
 A cell's file has each score of each picture, for whatever is paired later. `umo_verdicts.py` says what they show.
 """
@@ -32,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a caller that is
 import cells as shared
 import umo_verdicts
 from baselines import step_evaluations
-from umo_verdicts import LOUDER, MIMR, OURS, SIR, SUPERVISED, Scores
+from umo_verdicts import MIMR, OURS, SIR, SUPERVISED, Scores
 
 from rewardgen import build
 from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
@@ -43,21 +40,20 @@ from rewardgen.evaluation.score import target_scores
 from rewardgen.held_out import evaluate_held_out
 from rewardgen.reward import Reward
 from rewardgen.types import Example
-from rewardgen.world.faces import MAX_PEOPLE
 from rewardgen.world.people_dataset import TinyPeople
 
 CELLS = shared.RESULTS / "umo_tiny"
 TABLE = shared.RESULTS / "umo_tiny.md"
 EXPERIMENT = shared.EXPERIMENT.with_name("umo_matching.yaml")
-PIECES = ("base", "encoders", "people_vae", "detector", "embedder", "uno")
+PIECES = ("base", "encoders", "people_vae", "detector", "embedder", "traits", "uno")
 """What of the bundled world the experiment reads."""
 NUMBERS = (2, 4, 6)
 PICTURES = 100
 """Of each number of people."""
 SEEDS_OF_DATA = {2: 12, 4: 14, 6: 16}
 """Of the held-out groups; the experiment's own, on which settings are chosen, is 0."""
-COMMON = ("data.train.args.people=null", "evaluation.grid_examples=6", "monitor.enabled=false")
-"""Of every arm. The policy runs examples of one batch in groups of equal layout, so numbers of people may be mixed."""
+COMMON = ("evaluation.grid_examples=6", "monitor.enabled=false")
+"""Of every arm."""
 OWN_EXAMPLES = 6
 """Held-out examples of the run's own evaluation, which is only looked at (`faces.png`)."""
 
@@ -70,7 +66,6 @@ ARMS: Mapping[str, tuple[str, ...]] = {
         f"{_REWARD}.args.detector=world:people/detector.safetensors",
     ),
     MIMR: (),
-    LOUDER: (),  # see `settings`
     OURS: (
         f"{_REWARD}.args.normalise=matches",
         f"{_REWARD}.args.floor=0.0",
@@ -78,8 +73,6 @@ ARMS: Mapping[str, tuple[str, ...]] = {
         f"{_REWARD}.args.extra=0.5",
     ),
 }
-AS_LOUD = MAX_PEOPLE / sum(1 / people for people in range(1, MAX_PEOPLE + 1))
-"""Perfect matches among n people are worth 1 / n officially and 1 by matches; this is how much more on average."""
 SECONDS_PER_EVALUATION = 0.035
 """A guess for the ledger only: longer sequences than in `baselines.py`, and rewards that look for faces."""
 
@@ -116,15 +109,7 @@ class Plan:
 
 def settings(arm: str, seed: int, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of an arm: the bundled one with what the arm is named after."""
-
-    def load(*changes: str) -> Experiment:
-        everything = [*COMMON, *overrides, *ARMS[arm], *changes]
-        return shared.load(seed, everything, examples=OWN_EXAMPLES, path=EXPERIMENT)
-
-    experiment = load()
-    if arm == LOUDER:
-        return load(f"{_REWARD}.weight={round(AS_LOUD * experiment.objective.rewards['people'].weight, 3)}")
-    return experiment
+    return shared.load(seed, [*COMMON, *overrides, *ARMS[arm]], examples=OWN_EXAMPLES, path=EXPERIMENT)
 
 
 def plan(arm: str, seed: int, overrides: Sequence[str] = (), *, pictures: int = PICTURES) -> Plan:
@@ -226,7 +211,8 @@ def columns(evaluation: Evaluation) -> dict[str, list[float | None]]:
         None if sim is None else 100.0 * (conf is not None)
         for sim, conf in zip(found["id_sim"], found["id_conf"], strict=True)
     ]
-    exact = {name: found[name] for name in ("id_sim", "id_conf", "layout")} | counts | {"coverage": coverage}
+    same = ("id_sim", "id_conf", "likeness", "apart", "layout")
+    exact = {name: found[name] for name in same} | counts | {"coverage": coverage}
     return {
         name: [None if value is None else round(value, 5) for value in exact[name]] for name in umo_verdicts.METRICS
     }
