@@ -4,10 +4,10 @@
     python benchmarks/sample_efficiency.py --arm "Flow-GRPO" --seed 1     # only these cells
     python benchmarks/sample_efficiency.py --check                        # train nothing: are the cells current?
 
-Every arm trains from one base until `BUDGET` evaluations are spent, in the unit of `baselines.py` (a forward pass of
-one picture is 1, with its backward pass 3), and is judged every `EVERY` of them on the same held-out pairs with the
-same noise. What is told is where its curve first reaches `TARGET_SHARE` of the way from the base's CSD to that of the
-true pictures, linear between two judgements, and how far it came in the end. Judging is not counted.
+Every arm trains from one base until its budget of evaluations is spent (`BUDGETS`), in the unit of `baselines.py` (a
+forward pass of one picture is 1, with its backward pass 3), and is judged `JUDGEMENTS` times on the same held-out pairs
+with the same noise. What is told is where its curve first reaches `TARGET_SHARE` of the way from the base's CSD to that
+of the true pictures, and where the witnesses are there, linear between two judgements. Judging is not counted.
 
 The reward's gradient (`refl`, `draft`) and best of N have the settings of `experiments/uso_srl.yaml`, samples those of
 `experiments/uso_grpo.yaml`, but for the learning rate's schedule: here it warms up and stays, since a run that does not
@@ -38,17 +38,24 @@ from rewardgen.config import Experiment
 CELLS = shared.RESULTS / "sample_efficiency"
 TABLE = shared.RESULTS / "sample_efficiency.md"
 SAMPLES = shared.EXPERIMENT.with_name("uso_grpo.yaml")
-BUDGET, EVERY = 36_000.0, 3_000.0
-TARGET_SHARE = 0.15
+TARGET_SHARE, JUDGEMENTS = 0.10, 8
 HELD_OUT = 64
-REFL, BEST, GRPO = "refl (SRL)", f"supervised, best of {baselines.DRAWS} by CSD", "Flow-GRPO"
+WITNESSES = list(METRICS.values())[1:]
+Curve = Sequence[tuple[float, Sequence[float]]]
+"""Evaluations spent, and the metrics then."""
+REFL, DRAFT, GRPO = "refl (SRL)", "draft, last 2 steps", "Flow-GRPO"
+BEST = f"supervised, best of {baselines.DRAWS} by CSD"
 ARMS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
     REFL: (shared.EXPERIMENT, (baselines.STYLE_ALONE,)),
-    "draft, last 2 steps": (shared.EXPERIMENT, (baselines.STYLE_ALONE, "rollout.window={kind: draft, k: 2}")),
+    DRAFT: (shared.EXPERIMENT, (baselines.STYLE_ALONE, "rollout.window={kind: draft, k: 2}")),
     BEST: (shared.EXPERIMENT, NO_REWARD),
     GRPO: (SAMPLES, ()),
     "DiffusionNFT": (SAMPLES, ("objective.policy_gradient={kind: nft, num_generations: 6}",)),
 }
+
+
+BUDGETS = dict.fromkeys(ARMS, 36_000.0) | {REFL: 12_000.0, DRAFT: 24_000.0, BEST: 24_000.0}
+"""Of DiT evaluations: enough to reach the target, where that is known of an arm from `baselines.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,20 +79,27 @@ class Plan:
         return shared.key_of(self.experiment, curve={"begin": self.begin, "drawing": drawing})
 
     @property
+    def spent(self) -> float:
+        """Evaluations of the whole cell."""
+        return self.begin + self.experiment.train.num_steps * self.step_cost
+
+    @property
     def seconds(self) -> float:
         """A rough guess on two cores, with the judgements."""
         steps, judged = self.experiment.train.num_steps, self.experiment.evaluation
         judgements = 2 + steps // max(1, judged.every)
         seen = judgements * judged.num_examples * self.experiment.rollout.num_steps
-        return baselines.SECONDS_PER_EVALUATION * (self.begin + steps * self.step_cost + seen)
+        return baselines.SECONDS_PER_EVALUATION * (self.spent + seen)
 
 
-def plan(arm: str, seed: int, overrides: Sequence[str] = (), *, budget: float = BUDGET, every: float = EVERY) -> Plan:
-    """A cell's settings: as many steps as the budget pays, judged as often as whole steps allow.
+def plan(arm: str, seed: int, overrides: Sequence[str] = (), *, budget: float | None = None) -> Plan:
+    """A cell's settings: as many steps as the budget pays.
 
     Args:
         overrides: of every arm, for tests.
+        budget: by default the arm's.
     """
+    budget = BUDGETS[arm] if budget is None else budget
     path, changes = ARMS[arm]
     common = ["optimizer.decay_steps=null", *overrides, *changes]
     experiment = shared.load(seed, common, examples=HELD_OUT, path=path)
@@ -96,10 +110,8 @@ def plan(arm: str, seed: int, overrides: Sequence[str] = (), *, budget: float = 
         drawing = Drawing(n=baselines.DRAWS, num_examples=max(1, min(whole, int(budget / 2 / each))))
         begin = float(each * drawing.num_examples)
     step_cost = step_evaluations(experiment, 0)
-    lengths = [
-        f"train.num_steps={max(1, int((budget - begin) / step_cost))}",
-        f"evaluation.every={max(1, round(every / step_cost))}",
-    ]
+    steps = max(1, int((budget - begin) / step_cost))
+    lengths = [f"train.num_steps={steps}", f"evaluation.every={max(1, round(steps / JUDGEMENTS))}"]
     experiment = shared.load(seed, [*common, *lengths], examples=HELD_OUT, path=path)
     return Plan(arm=arm, seed=seed, experiment=experiment, begin=begin, step_cost=step_cost, drawing=drawing)
 
@@ -129,13 +141,18 @@ def _evaluations(cell: Plan, step: int) -> float:
     return cell.begin + step * cell.step_cost if step else 0.0
 
 
-def reached(curve: Sequence[tuple[float, Sequence[float]]], target: float) -> float | None:
-    """Evaluations at which a curve's first metric first reaches the target, linear in between; None if never."""
+def reached(curve: Curve, target: float) -> tuple[float, list[float]] | None:
+    """Evaluations at which a curve's first metric first reaches the target, and all metrics there, linear in between.
+
+    None if it never does.
+    """
     if curve[0][1][0] >= target:
-        return curve[0][0]
-    for (before, (low, *_)), (after, (high, *_)) in pairwise(curve):
-        if high >= target:
-            return before + (after - before) * (target - low) / (high - low)
+        return curve[0][0], list(curve[0][1])
+    for (before, low), (after, high) in pairwise(curve):
+        if high[0] >= target:
+            share = (target - low[0]) / (high[0] - low[0])
+            there = [a + share * (b - a) for a, b in zip(low, high, strict=True)]
+            return before + share * (after - before), there
     return None
 
 
@@ -150,27 +167,35 @@ def render(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> str:
     target, (base, ceiling) = target_of(found), (found[0]["curve"][0][1], found[0]["ceiling"])
     seeds = sorted({cell.seed for cell in plans})
     lead = ["evaluations a step", *(f"to CSD {target:.3f}, seed {seed}" for seed in seeds), "mean"]
-    heads = ["", *lead, *(f"{label}, at the end" for label in METRICS.values())]
-    blank = [""] * len(lead)
-    rows = [["truth", *blank, *(f"{value:.3f}" for value in ceiling)]]
-    rows += [["base", *blank, *(f"{value:.3f}" for value in base)]]
+    heads = ["", *lead, *(f"{label} there" for label in WITNESSES), "budget", "CSD after it"]
+    rows = [
+        [name, *[""] * len(lead), *(f"{value:.3f}" for value in witnesses), "", f"{csd:.3f}"]
+        for name, (csd, *witnesses) in (("truth", ceiling), ("base", base))
+    ]
     for arm in dict.fromkeys(cell.arm for cell in plans):
-        group = [(cell, data) for cell, data in zip(plans, found, strict=True) if cell.arm == arm]
-        spent = [reached(data["curve"], target) for _, data in group]
-        texts = [f"{value:,.0f}" if value is not None else "not reached" for value in spent]
-        whole = [value for value in spent if value is not None]
-        mean = f"{sum(whole) / len(whole):,.0f}" if len(whole) == len(spent) else "-"
-        ends = [[data["curve"][-1][1][index] for _, data in group] for index in range(len(METRICS))]
-        rows.append(
-            [f"**{arm}**", f"{group[0][0].step_cost:,.0f}", *texts, mean, *(f"{sum(v) / len(v):.3f}" for v in ends)]
-        )
+        first = next(cell for cell in plans if cell.arm == arm)
+        curves = [data["curve"] for cell, data in zip(plans, found, strict=True) if cell.arm == arm]
+        rows.append([f"**{arm}**", f"{first.step_cost:,.0f}", *_row(curves, target, f"{first.spent:,.0f}")])
     note = (
         f"DiT evaluations (a forward pass of one picture is 1, with its backward pass 3) until the CSD of {HELD_OUT}"
         f" held-out pairs has come {TARGET_SHARE:.0%} of the way from the base's to that of the true pictures; judged"
-        f" about every {EVERY:,.0f}, linear in between. At the end: after {BUDGET:,.0f}, mean over the seeds."
-        f" {shared.WITNESSES}"
+        f" {JUDGEMENTS} times, linear in between. The witnesses are those where the target is reached, as a mean over the"
+        f" seeds that reach it. {shared.WITNESSES}"
     )
     return "\n".join([shared.line(heads), "|" + "---|" * len(heads), *map(shared.line, rows), "", note]) + "\n"
+
+
+def _row(curves: Sequence[Curve], target: float, budget: str) -> list[str]:
+    """From the seeds' evaluations to the CSD after the whole budget."""
+    places = [reached(curve, target) for curve in curves]
+    texts = [f"{place[0]:,.0f}" if place else "not reached" for place in places]
+    there = [place for place in places if place]
+    mean = f"{sum(spent for spent, _ in there) / len(there):,.0f}" if len(there) == len(places) else "-"
+    witnesses = [
+        f"{sum(at[1 + index] for _, at in there) / len(there):.3f}" if there else "-" for index in range(len(WITNESSES))
+    ]
+    end = sum(curve[-1][1][0] for curve in curves) / len(curves)
+    return [*texts, mean, *witnesses, budget, f"{end:.3f}"]
 
 
 def ledger(plans: Iterable[Plan], outdated: Sequence[Plan]) -> str:

@@ -275,12 +275,13 @@ def test_the_verdict_needs_time_and_memory(high: float, memory: float, met: bool
     assert step_overhead.met({"wall": {"high": high}, "memory": {"ratios": ratios}}) == met
 
 
-def test_arms_of_sample_efficiency_spend_one_budget() -> None:
+def test_arms_of_sample_efficiency_spend_their_budgets() -> None:
     for arm in sample_efficiency.ARMS:
         plan = sample_efficiency.plan(arm, 0)
         spent = plan.begin + plan.experiment.train.num_steps * plan.step_cost
-        assert sample_efficiency.BUDGET - plan.step_cost < spent <= sample_efficiency.BUDGET, arm
-        assert plan.experiment.evaluation.every * plan.step_cost == pytest.approx(sample_efficiency.EVERY, rel=0.1)
+        assert sample_efficiency.BUDGETS[arm] - plan.step_cost < spent <= sample_efficiency.BUDGETS[arm], arm
+        judged = plan.experiment.train.num_steps / plan.experiment.evaluation.every
+        assert judged == pytest.approx(sample_efficiency.JUDGEMENTS, abs=1)
         assert plan.experiment.optimizer.decay_steps is None
         assert (plan.drawing is not None) == (arm == sample_efficiency.BEST) == (plan.begin > 0)
     keys = {sample_efficiency.plan(arm, seed).key for arm in sample_efficiency.ARMS for seed in (0, 1)}
@@ -288,9 +289,13 @@ def test_arms_of_sample_efficiency_spend_one_budget() -> None:
 
 
 def test_a_curve_is_read_between_its_points() -> None:
-    curve = [(0.0, [0.5]), (100.0, [0.6]), (200.0, [0.7]), (300.0, [0.65])]
-    for target, expected in ((0.5, 0.0), (0.55, 50.0), (0.6, 100.0), (0.69, 190.0), (0.71, None)):
-        assert sample_efficiency.reached(curve, target) == pytest.approx(expected)
+    curve = [(0.0, [0.5, 1.0]), (100.0, [0.6, 3.0]), (200.0, [0.7, 2.0]), (300.0, [0.65, 9.0])]
+    for target, spent, other in ((0.5, 0.0, 1.0), (0.55, 50.0, 2.0), (0.6, 100.0, 3.0), (0.69, 190.0, 2.1)):
+        found = sample_efficiency.reached(curve, target)
+        assert found is not None
+        assert found[0] == pytest.approx(spent)
+        assert found[1] == pytest.approx([target, other])
+    assert sample_efficiency.reached(curve, 0.71) is None
 
 
 def test_a_sample_efficiency_cell_from_training_to_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +303,7 @@ def test_a_sample_efficiency_cell_from_training_to_table(tmp_path: Path, monkeyp
     small = ["train.batch_size=1", "data.train.args.size=8", "evaluation.num_examples=2", "evaluation.grid_examples=0"]
     arm = "DiffusionNFT"
     step = sample_efficiency.plan(arm, 0, small).step_cost
-    plan = sample_efficiency.plan(arm, 0, small, budget=2.5 * step, every=step)
+    plan = sample_efficiency.plan(arm, 0, small, budget=2.5 * step)
     sample_efficiency.run_cell(plan, tmp_path / "runs")
     assert cells.is_current(plan.path, plan.key)
     cell = cells.read(plan.path)
