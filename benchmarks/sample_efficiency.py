@@ -179,8 +179,8 @@ def render(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> str:
     note = (
         f"DiT evaluations (a forward pass of one picture is 1, with its backward pass 3) until the CSD of {HELD_OUT}"
         f" held-out pairs has come {TARGET_SHARE:.0%} of the way from the base's to that of the true pictures; judged"
-        f" {JUDGEMENTS} times, linear in between. The witnesses are those where the target is reached, as a mean over the"
-        f" seeds that reach it. {shared.WITNESSES}"
+        f" {JUDGEMENTS} times, linear in between. The witnesses are those where the target is reached, as a mean over"
+        f" the seeds that reach it. {shared.WITNESSES}"
     )
     return "\n".join([shared.line(heads), "|" + "---|" * len(heads), *map(shared.line, rows), "", note]) + "\n"
 
