@@ -100,8 +100,27 @@ class Cell(Protocol):
     def key(self) -> str:
         """See `key_of`."""
 
+    @property
+    def experiment(self) -> Experiment:
+        """What is trained."""
+
+    @property
+    def seconds(self) -> float:
+        """A rough guess of what it takes on two cores."""
+
 
 CellT = TypeVar("CellT", bound=Cell)
+
+
+def ledger(plans: Sequence[Cell], outdated: Sequence[Cell]) -> str:
+    """What there is and what it would take, a line for each cell."""
+    width = max(len(cell.arm) for cell in plans)
+    lines = [
+        f"{cell.arm:{width}} seed {cell.seed}: {cell.experiment.train.num_steps:4} steps,"
+        f" {f'about {cell.seconds / 60:.0f} min' if cell in outdated else 'current'}"
+        for cell in plans
+    ]
+    return "\n".join([*lines, f"to train: about {sum(cell.seconds for cell in outdated) / 60:.0f} min on 2 cores"])
 
 
 def make_table(
@@ -110,7 +129,6 @@ def make_table(
     arms: Iterable[str],
     *,
     plan: Callable[[str, int], CellT],
-    ledger: Callable[[Sequence[CellT], Sequence[CellT]], str],
     run_cell: Callable[[CellT, Path], None],
     render: Callable[[Sequence[CellT], Sequence[Mapping[str, Any]]], str],
     seeds: Sequence[int] = SEEDS,

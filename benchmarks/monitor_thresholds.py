@@ -189,16 +189,6 @@ def render(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([shared.line(heads), "|" + "---|" * len(heads), *map(shared.line, rows), "", note]) + "\n"
 
 
-def ledger(plans: Iterable[Plan], outdated: Sequence[Plan]) -> str:
-    """What there is and what it would take, a line for each cell."""
-    lines = [
-        f"{cell.arm:25} seed {cell.seed}: {cell.experiment.train.num_steps:4} steps,"
-        f" {f'about {cell.seconds / 60:.0f} min' if cell in outdated else 'current'}"
-        for cell in plans
-    ]
-    return "\n".join([*lines, f"to train: about {sum(cell.seconds for cell in outdated) / 60:.0f} min on 2 cores"])
-
-
 def _plain(finding: Finding) -> dict[str, Any]:
     return {"step": finding.step, "kind": finding.kind, "name": finding.name, "effect": finding.effect}
 
@@ -215,7 +205,6 @@ def main() -> None:
         TABLE,
         ARMS,
         plan=plan,
-        ledger=ledger,
         run_cell=run_cell,
         render=render,
         seeds=(*SETTING, *JUDGING),

@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,19 +239,9 @@ def render(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> str:
     return umo_verdicts.render(arms, base["scores"], base["truth"], steps=plans[0].experiment.train.num_steps)
 
 
-def ledger(plans: Iterable[Plan], outdated: Sequence[Plan]) -> str:
-    """What there is and what it would take, a line for each cell."""
-    lines = [
-        f"{cell.arm:26} seed {cell.seed}: {cell.experiment.train.num_steps:4} steps,"
-        f" {f'about {cell.seconds / 60:.0f} min' if cell in outdated else 'current'}"
-        for cell in plans
-    ]
-    return "\n".join([*lines, f"to train: about {sum(cell.seconds for cell in outdated) / 60:.0f} min on 2 cores"])
-
-
 def main() -> None:
     description = (__doc__ or "").splitlines()[0]
-    shared.make_table(description, TABLE, ARMS, plan=plan, ledger=ledger, run_cell=run_cell, render=render)
+    shared.make_table(description, TABLE, ARMS, plan=plan, run_cell=run_cell, render=render)
 
 
 if __name__ == "__main__":
