@@ -38,7 +38,7 @@ from rewardgen.config import Experiment
 CELLS = shared.RESULTS / "sample_efficiency"
 TABLE = shared.RESULTS / "sample_efficiency.md"
 SAMPLES = shared.EXPERIMENT.with_name("uso_grpo.yaml")
-TARGET_SHARE, JUDGEMENTS = 0.10, 8
+TARGET_SHARE, JUDGEMENTS = 0.15, 8
 HELD_OUT = 64
 WITNESSES = list(METRICS.values())[1:]
 Curve = Sequence[tuple[float, Sequence[float]]]

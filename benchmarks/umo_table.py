@@ -66,12 +66,7 @@ ARMS: Mapping[str, tuple[str, ...]] = {
         f"{_REWARD}.args.detector=world:people/detector.safetensors",
     ),
     MIMR: (),
-    OURS: (
-        f"{_REWARD}.args.normalise=matches",
-        f"{_REWARD}.args.floor=0.0",
-        f"{_REWARD}.args.miss=0.5",
-        f"{_REWARD}.args.extra=0.5",
-    ),
+    OURS: (f"{_REWARD}.args.normalise=each", f"{_REWARD}.args.floor=0.0"),
 }
 SECONDS_PER_EVALUATION = 0.035
 """A guess for the ledger only: longer sequences than in `baselines.py`, and rewards that look for faces."""

@@ -51,8 +51,8 @@ def test_arms_differ_in_the_reward_alone() -> None:
     assert rewards[SIR].use == "identity"
     official = {"checkpoint", "detector", "references"}
     assert set(rewards[MIMR].args) == official
-    assert rewards[OURS].args["normalise"] == "matches"
-    assert set(rewards[OURS].args) - official == {"normalise", "floor", "miss", "extra"}
+    assert rewards[OURS].args["normalise"] == "each"
+    assert set(rewards[OURS].args) - official == {"normalise", "floor"}
 
 
 def test_every_cell_has_a_file_and_a_key_of_its_own() -> None:
