@@ -82,7 +82,7 @@ def test_a_new_function_passes_as_it_stands(here, run, capsys):
     assert run("reward", "check", "./calm.py:calm", "level=0.25")[0] == 0
     capsys.readouterr()
     runpy.run_path("calm.py", run_name="__main__")
-    assert capsys.readouterr().out.count("ok: ") == 6
+    assert capsys.readouterr().out.count("ok: ") == 7
 
 
 def test_arguments_of_what_is_written_are_checked(here, run):
