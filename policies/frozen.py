@@ -136,7 +136,7 @@ def hold_blocks(blocks: Iterable[nn.Module], *, eight_bit: bool, offload: bool) 
 def check_frozen(trained: Collection[str], *, eight_bit: bool, offload: bool) -> None:
     """Raise ConfigError where base weights are to be trained that are to be held in 8 bits or in CPU memory."""
     if "transformer" in trained and (eight_bit or offload):
-        what = "base_dtype: int8" if eight_bit else "offload"
+        what = "base_dtype: int8" if eight_bit else "offload: true"
         raise ConfigError(
             f"{what} is for base weights that stay as they are, but `train` names 'transformer': use base_dtype: bf16"
             " without offload, or train 'lora'"

@@ -105,7 +105,7 @@ class Sources:
         if own is not None:
             return own, ""
         if self.base is None:
-            raise ConfigError(f"the policy needs `base`, or else `{part.replace('tokenizer', 'text_encoder')}`")
+            raise ConfigError(f"base: the policy needs `base`, or else `{part.replace('tokenizer', 'text_encoder')}`")
         return self.base, part
 
 

@@ -25,6 +25,7 @@ from rewardgen.policies.frozen import check_frozen
 from rewardgen.policies.packing import PositionEncoding
 from rewardgen.policies.parts import FluxParts, Sources, load_parts
 from rewardgen.policies.trained import save_trained
+from rewardgen.policies.values import check_values
 from rewardgen.types import Example
 
 DEFAULT_RANK = 512
@@ -171,6 +172,11 @@ class UnoPolicy(FluxPolicy):
         )
         policy.hold_base(base_dtype, offload=offload)
         return policy
+
+    @classmethod
+    def check_arguments(cls, **arguments: Any) -> None:
+        """Refuse values of `from_pretrained`, with nothing read. Raises ConfigError; see `values.check_values`."""
+        check_values(**arguments)
 
     @classmethod
     def blueprint(cls, base: str | None, **options: Any) -> Self:

@@ -27,6 +27,7 @@ from rewardgen.policies.parts import FluxParts, Sources, load_parts
 from rewardgen.policies.projector import StyleProjector
 from rewardgen.policies.shapes import DEFAULT_RANK, DEFAULT_STYLE_TOKENS
 from rewardgen.policies.trained import Part, save_trained
+from rewardgen.policies.values import check_projector, check_values
 from rewardgen.transfer import to_device
 from rewardgen.types import Example
 
@@ -80,8 +81,7 @@ class UsoPolicy(FluxPolicy):
         decoder_channels_last: bool = False,
     ) -> None:
         check_choice("train", train, Part)
-        if "projector" in train and projector is None:
-            raise ConfigError("train names 'projector', but the policy has none")
+        check_projector(train, there=projector is not None)
         super().__init__(
             parts,
             projector,
@@ -195,6 +195,13 @@ class UsoPolicy(FluxPolicy):
         )
         policy.hold_base(base_dtype, offload=offload)
         return policy
+
+    @classmethod
+    def check_arguments(cls, **arguments: Any) -> None:
+        """Refuse values of `from_pretrained`, with nothing read. Raises ConfigError; see `values.check_values`."""
+        check_values(**arguments)
+        there = arguments["projector"] is not None or arguments["siglip"] is not None
+        check_projector(arguments["train"], there=there)
 
     @classmethod
     def blueprint(cls, base: str | None, **options: Any) -> Self:

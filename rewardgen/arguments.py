@@ -1,4 +1,11 @@
-"""Arguments of plug-ins: values from YAML against a typed signature. Nothing is called."""
+"""Arguments of plug-ins: values from YAML against a typed signature, and what the plug-in's class says of them.
+
+What is to be made is not called. A class may have a class method `check_arguments(**arguments)` for what types cannot
+say: ranges, and arguments that do not go together. It is called once names and types are right, with all arguments,
+those left out at their defaults, and sources as the experiment writes them (`world:NAME`, `owner/name:file`): they may
+not be here yet. It raises a `UserError`; where that begins with an argument's name and a colon, the fault is that
+argument's.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +20,11 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from rewardgen.errors import ConfigError, nearest
+from rewardgen.errors import ConfigError, UserError, nearest
 
 
 def check_args(target: Callable[..., Any], args: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Check keyword arguments against a typed signature, without calling it.
+    """Check keyword arguments against a typed signature, and their values by `check_arguments`, without calling it.
 
     Args:
         target: class, classmethod or function. A parameter without annotation accepts anything.
@@ -28,7 +35,7 @@ def check_args(target: Callable[..., Any], args: Mapping[str, Any], path: str) -
         The arguments with values converted to the annotated types (a list to a tuple, a string to a `Path`).
 
     Raises:
-        ConfigError: one line for each unknown, missing or ill-typed argument.
+        ConfigError: one line for each unknown, missing or ill-typed argument, or what `check_arguments` refuses.
     """
     checked, faults = collect_args(target, args, path)
     if faults:
@@ -68,7 +75,23 @@ def collect_args(
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in args:
             faults.append((f"{path}.{name}", "required argument is missing"))
+    if not faults:
+        defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        faults += _value_faults(target, defaults | checked, path)
     return checked, faults
+
+
+def _value_faults(target: Callable[..., Any], arguments: Mapping[str, Any], path: str) -> list[tuple[str, str]]:
+    """What the class says of the values, whether it is itself called or one of its class methods."""
+    check = getattr(getattr(target, "__self__", target), "check_arguments", None)
+    if check is None:
+        return []
+    try:
+        check(**arguments)
+    except UserError as error:
+        name, colon, message = str(error).partition(": ")
+        return [(f"{path}.{name}", message) if colon and name in arguments else (path, str(error))]
+    return []
 
 
 def _takes_nothing(target: Callable[..., Any]) -> bool:

@@ -19,7 +19,8 @@ class Policy(nn.Module, ABC):
     """A model that turns noise and a condition into a picture, step by step.
 
     Nothing here speaks of tokens, position ids or guidance: those are the policy's own affair.
-    Latents are [B, L, C] with L and C fixed by the picture's size.
+    Latents are [B, L, C] with L and C fixed by the picture's size. A class method `check_arguments` refuses values
+    before anything is loaded (`rewardgen.arguments`).
     """
 
     @abstractmethod

@@ -23,7 +23,8 @@ class RewardWarning(UserWarning):
 class Reward(nn.Module, ABC):
     """Scores pictures; higher is better.
 
-    A subclass sets `differentiable` and implements `score`. Weights it holds are frozen by the engine.
+    A subclass sets `differentiable` and implements `score`. Weights it holds are frozen by the engine. A class method
+    `check_arguments` refuses values before anything is loaded (`rewardgen.arguments`).
     """
 
     differentiable: ClassVar[bool]

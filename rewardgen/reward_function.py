@@ -13,24 +13,25 @@ Each call hands over one batch; every argument is a list with one entry for each
 A function that names `pixels_B3HW` works on tensors: that argument is [B, 3, H, W] in [0, 1], and the references and
 the target are tensors [3, H, W] in [0, 1] too. It costs no conversion to PIL unless `completions` is named as well.
 
+Where samples are learned from, an `async` function is called for all of a step's batches before the first answer is
+waited for, and runs in a thread beside the drawing: it may wait, but must not draw from the global generators.
+
 Differences from TRL (1.x, `GRPOTrainer`): completions are pictures; a function without `**kwargs` gets only what it
 names (TRL passes everything and such a function fails); there are no `completion_ids`, `trainer_state`, `log_extra` or
 `log_metric`; NaN is an error, only None means "not applicable"; an exception masks the batch instead of ending the run
-at once; several `async` functions run one after the other.
+at once; evaluations ask several `async` functions one after the other.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
 import numbers
-import os
-import threading
 import traceback
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -38,9 +39,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rewardgen import event_loop
 from rewardgen.errors import ConfigError, ScoringError, nearest
 from rewardgen.reward import Reward, RewardWarning
-from rewardgen.types import Example, Score
+from rewardgen.types import Begun, Example, Score
 
 MAX_FAILED_IN_A_ROW = 64
 """The run stops when a function has raised for this many pictures without scoring a single one in between."""
@@ -80,6 +82,7 @@ class FunctionReward(Reward):
         self._seen_columns: set[str] = set()
         self._warned: set[str] = set()
         self._failed_in_a_row = 0
+        self._running: set[Future[Any]] = set()
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         """Score pictures in [0, 1].
@@ -88,32 +91,64 @@ class FunctionReward(Reward):
             ScoringError: the function returned something else than one finite number or None for each picture, a
                 column has the name of a parameter that is filled in, or the function failed too often.
         """
-        rows = [row for row, example in enumerate(examples) if self._has_columns(example)]
-        scores: list[float | None] = [None] * len(examples)
-        if rows:
-            chosen = [examples[row] for row in rows]
-            with torch.no_grad():
-                found = self._call(self._arguments(pixels_B3HW.detach()[rows], chosen), len(rows))
-            for row, value in zip(rows, found, strict=True):
-                scores[row] = value
-        elif examples:
-            self._warn_of_columns(examples)
-        # NaN where there is no score: no mean can take it for one.
-        values = [math.nan if value is None else value for value in scores]
-        valid = [value is not None for value in scores]
-        return Score(
-            value_B=torch.tensor(values, dtype=torch.float32, device=pixels_B3HW.device),
-            valid_B=torch.tensor(valid, dtype=torch.bool, device=pixels_B3HW.device),
-        )
+        return self.begin(pixels_B3HW, examples).finish()
 
-    def _call(self, arguments: Mapping[str, Any], count: int) -> Sequence[float | None]:
+    def begin(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Begun[Score]:
+        """As `score`, but what an `async` function waits for is waited for by `finish`.
+
+        There failures are counted too, so that their order is that of the batches, whichever answer came first.
+        """
+        rows = [row for row, example in enumerate(examples) if self._has_columns(example)]
+        count, device = len(examples), pixels_B3HW.device
+        if not rows:
+            if examples:
+                self._warn_of_columns(examples)
+            return Begun(lambda: _score([None] * count, device))
+        with torch.no_grad():
+            asked = self._call(self._arguments(pixels_B3HW.detach()[rows], [examples[row] for row in rows]), len(rows))
+
+        def finish() -> Score:
+            found = dict(zip(rows, asked.finish(), strict=True))
+            return _score([found.get(row) for row in range(count)], device)
+
+        return Begun(finish)
+
+    def give_up(self) -> None:
+        """Calls of an `async` function that still run are cancelled."""
+        for future in tuple(self._running):
+            future.cancel()
+        self._running.clear()
+
+    def _call(self, arguments: Mapping[str, Any], count: int) -> Begun[Sequence[float | None]]:
+        """Ask the function about `count` pictures."""
+        nothing: list[float | None] = [None] * count
         try:
             returned = self.function(**arguments)
-            if inspect.isawaitable(returned):
-                returned = _wait_for(returned)
         except Exception as error:
             self._failed(error, count)
-            return [None] * count
+            return Begun(lambda: nothing)
+        if not inspect.isawaitable(returned):
+            checked = self._answered(returned, count)
+            return Begun(lambda: checked)
+        future = event_loop.start(returned)
+        self._running.add(future)
+
+        def finish() -> Sequence[float | None]:
+            try:
+                answer = future.result()
+            except Exception as error:
+                self._failed(error, count)
+                return nothing
+            except BaseException:  # nobody waits any more
+                self.give_up()
+                raise
+            finally:
+                self._running.discard(future)
+            return self._answered(answer, count)
+
+        return Begun(finish)
+
+    def _answered(self, returned: Any, count: int) -> Sequence[float | None]:
         self._failed_in_a_row = 0
         return self._checked(returned, count)
 
@@ -249,39 +284,18 @@ def to_pil(pixels_3HW: Tensor) -> Image.Image:
     return Image.fromarray(values_HW3.cpu().numpy())
 
 
+def _score(scores: Sequence[float | None], device: torch.device) -> Score:
+    # NaN where there is no score: no mean can take it for one.
+    values = [math.nan if value is None else value for value in scores]
+    valid = [value is not None for value in scores]
+    return Score(
+        value_B=torch.tensor(values, dtype=torch.float32, device=device),
+        valid_B=torch.tensor(valid, dtype=torch.bool, device=device),
+    )
+
+
 def _parameters(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """Parameters that can be given by keyword, and whether there is a `**kwargs`."""
     signature = inspect.signature(function).parameters.values()
     named = {p.name: p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return named, any(p.kind is p.VAR_KEYWORD for p in signature)
-
-
-def _wait_for(answer: Awaitable[Any]) -> Any:
-    """Run a coroutine to its end, whether or not the caller is itself inside an event loop."""
-
-    async def run() -> Any:
-        return await answer
-
-    future = asyncio.run_coroutine_threadsafe(run(), _event_loop(os.getpid()))
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-
-
-@functools.cache
-def _event_loop(_process: int) -> asyncio.AbstractEventLoop:
-    """One event loop for each process, in a thread of its own.
-
-    It is kept: a function that keeps an HTTP client between calls needs the loop in which it made the client.
-    """
-    loop = asyncio.new_event_loop()
-
-    def serve() -> None:
-        torch.set_grad_enabled(False)  # the mode belongs to the thread
-        asyncio.set_event_loop(loop)
-        loop.run_forever()
-
-    threading.Thread(target=serve, name="rewardgen-async-rewards", daemon=True).start()
-    return loop

@@ -38,10 +38,15 @@ class CLASS_NAME(Reward):
 
     def __init__(self, level: float = 0.5, needs_style: bool = False) -> None:
         super().__init__()
-        if not 0 <= level <= 1:
-            raise ConfigError(f"level is {level:g}; it must be in [0, 1]")
+        self.check_arguments(level=level)
         self.level = level
         self.needs_style = needs_style
+
+    @classmethod
+    def check_arguments(cls, *, level: float, **_: object) -> None:
+        # Called with an experiment's arguments before anything is loaded; the message begins with the one at fault.
+        if not 0 <= level <= 1:
+            raise ConfigError(f"level: {level:g} is not in [0, 1]")
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         # Pictures are RGB in [0, 1] and may stray slightly outside. Higher values are better.

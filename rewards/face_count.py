@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rewardgen.reward import Reward
 from rewardgen.rewards.faces.encoder import FaceEncoder
+from rewardgen.rewards.faces.onnx_detectors import check_confidence
 from rewardgen.types import Example, Score
 
 
@@ -40,6 +41,11 @@ class FaceCountReward(Reward):
     ) -> FaceCountReward:
         """Read an IResNet (`load_iresnet`) and open a detector (`open_detector`)."""
         return cls(FaceEncoder.from_pretrained(checkpoint, detector, confidence), count=count)
+
+    @classmethod
+    def check_arguments(cls, *, detector: str, confidence: float | None, **_: Any) -> None:
+        """Refuse values of `from_pretrained`, with nothing read. Raises ConfigError as it does."""
+        check_confidence(detector, confidence)
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         seen = self.faces.compare(pixels_B3HW.detach(), examples, one_each=True)

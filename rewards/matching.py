@@ -6,7 +6,7 @@ Suffixes: B pictures, M reference faces, N faces of the picture, D length of an 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from rewardgen.rewards.faces.assignment import assign_batch as assign_batch
 from rewardgen.rewards.faces.detector import Faces
 from rewardgen.rewards.faces.encoder import FaceEncoder
 from rewardgen.rewards.faces.explain import face_matches
+from rewardgen.rewards.faces.onnx_detectors import check_confidence
 from rewardgen.rewards.faces.windows import untouched, window_transforms, windows
 from rewardgen.types import Example, FaceMatches, Score
 
@@ -157,11 +158,19 @@ class MatchingReward(Reward):
         references: Literal["all_faces", "one_each"] = "all_faces",
     ) -> MatchingReward:
         """Read an IResNet (`load_iresnet`) and open a detector (`open_detector`); the rest as for the class."""
-        _check_options(floor, miss, extra)
+        _check_options(floor, miss, extra)  # before anything is read
         faces = FaceEncoder.from_pretrained(checkpoint, detector, confidence)
         return cls(
             faces, normalise=normalise, negatives=negatives, floor=floor, miss=miss, extra=extra, references=references
         )
+
+    @classmethod
+    def check_arguments(
+        cls, *, detector: str, confidence: float | None, floor: float | None, miss: float, extra: float, **_: Any
+    ) -> None:
+        """Refuse values of `from_pretrained`, with nothing read. Raises ConfigError as it does."""
+        check_confidence(detector, confidence)
+        _check_options(floor, miss, extra)
 
     def explain(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> list[FaceMatches]:
         """Who was matched to whom in each picture, without gradient."""
@@ -241,10 +250,11 @@ def missing_cost(
 
 
 def _check_options(floor: float | None, miss: float, extra: float) -> None:
-    if miss < 0 or extra < 0:
-        raise ConfigError(f"the weights miss={miss:g} and extra={extra:g} are costs; they cannot be negative")
+    for name, weight in (("miss", miss), ("extra", extra)):
+        if weight < 0:
+            raise ConfigError(f"{name}: {weight:g} is a cost that cannot be negative; 0 turns it off")
     if floor is not None and not -1 <= floor <= 1:
-        raise ConfigError(f"floor={floor:g} is no cosine; it lies in [-1, 1]")
+        raise ConfigError(f"floor: {floor:g} is no cosine; it lies in [-1, 1]")
 
 
 def _present(num_wanted: Sequence[int], num_drawn: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ Shape suffixes: B batch, S side, W windows, P pixels of a window, C = 3 colours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,12 +60,17 @@ class StructureReward(Reward):
 
     def __init__(self, size: int = 64, noise: float = 0.03) -> None:
         super().__init__()
+        self.check_arguments(size=size, noise=noise)
+        self.size, self.noise = size, noise
+        self._cache = TensorCache()
+
+    @classmethod
+    def check_arguments(cls, *, size: int, noise: float, **_: Any) -> None:
+        """Refuse values out of their range. Raises ConfigError."""
         if size < 16 or size % 8:
             raise ConfigError(f"size: {size} is not a multiple of 8 of at least 16")
         if not noise > 0:
-            raise ConfigError(f"noise: {noise} must be above 0")
-        self.size, self.noise = size, noise
-        self._cache = TensorCache()
+            raise ConfigError(f"noise: {noise:g} must be above 0")
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         seen_B3SS = self._at_size(clamp_straight_through(_full_precision(pixels_B3HW)))

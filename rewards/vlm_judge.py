@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rewardgen.reward import Reward, RewardWarning
-from rewardgen.rewards.judging.client import KINDS
-from rewardgen.rewards.judging.questions import load_question
+from rewardgen.rewards.judging.client import KINDS, check_key_name, check_url
+from rewardgen.rewards.judging.questions import check_question, load_question
 from rewardgen.rewards.judging.service import JudgeService, Outcome, ServiceConfig
 from rewardgen.types import Begun, Example, Score
 
@@ -96,6 +96,18 @@ class VlmJudge(Reward):
                 request=dict(request or {}),
             )
         )
+
+    @classmethod
+    def check_arguments(cls, *, question: str, urls: Sequence[str], key_env: str | None, **_: Any) -> None:
+        """Refuse what could not be asked from anywhere. Raises ConfigError.
+
+        Whether the key is set and the cache's folder can be written is the affair of the machine that asks.
+        """
+        check_question(question)
+        for url in urls:
+            check_url(url)
+        if key_env is not None:
+            check_key_name(key_env)
 
     @classmethod
     def blueprint(cls, *_: Any, **__: Any) -> Reward:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,8 +15,8 @@ from torch import Tensor
 from rewardgen.reward import Reward, RewardWarning
 from rewardgen.rewards.judging.blueprint import take_shapes
 from rewardgen.rewards.judging.fit import Agreement, FitConfig, agreement, fit
-from rewardgen.rewards.judging.local import LocalModel, load_model
-from rewardgen.rewards.judging.questions import MIN_MASS, load_question
+from rewardgen.rewards.judging.local import LocalModel, check_plain, load_model
+from rewardgen.rewards.judging.questions import MIN_MASS, check_question, load_question
 from rewardgen.types import Example, Score
 
 
@@ -73,6 +73,12 @@ class LocalVlmJudge(Reward):
         weights, processor = load_model(model, getattr(torch, dtype))
         judge = LocalModel(weights, processor, asked, checkpointing=checkpointing, round_8bit=round_8bit)
         return cls(judge, min_mass=min_mass)
+
+    @classmethod
+    def check_arguments(cls, *, question: str, **_: Any) -> None:
+        """Refuse a question that cannot be asked, with nothing of the model read. Raises ConfigError."""
+        if (asked := check_question(question)) is not None:
+            check_plain(asked)
 
     @classmethod
     def blueprint(

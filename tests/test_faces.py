@@ -434,7 +434,7 @@ class TestOpenDetector:
 
     def test_given(self):
         assert isinstance(open_detector("given"), GivenDetector)
-        with pytest.raises(ConfigError, match="no confidence"):
+        with pytest.raises(ConfigError, match="confidence: the detector 'given' has none"):
             open_detector("given", confidence=0.5)
 
     def test_the_kind_is_told_by_the_outputs(self, runtime, tmp_path):

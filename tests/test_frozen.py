@@ -323,7 +323,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(offload: bool, tmp_path: Pat
 
 @pytest.mark.parametrize("policy", [UsoPolicy, UnoPolicy])
 @pytest.mark.parametrize(
-    ("options", "named"), [({"base_dtype": "int8"}, "base_dtype: int8"), ({"offload": True}, "offload")]
+    ("options", "named"), [({"base_dtype": "int8"}, "base_dtype: int8"), ({"offload": True}, "offload: true")]
 )
 def test_training_the_base_itself_is_refused_before_it_is_read(
     policy: Any, options: dict[str, Any], named: str

@@ -27,6 +27,7 @@ RANKS = {
     "rewardgen.distributed": 1,
     "rewardgen.dry_run": 2,
     "rewardgen.flow": 1,
+    "rewardgen.event_loop": 1,
     "rewardgen.hub": 1,
     "rewardgen.interrupt": 1,
     "rewardgen.known_integers": 1,

@@ -67,7 +67,7 @@ def test_limit_takes_the_first_rows(folder: Path) -> None:
     path = write(folder, *[{"id": str(index)} for index in range(5)])
     assert [JsonlDataset(path, limit=2)[index].id for index in range(2)] == ["0", "1"]
     assert len(JsonlDataset(path, limit=9)) == 5
-    with pytest.raises(DatasetError, match="limit: 0 rows"):
+    with pytest.raises(DatasetError, match="limit: 0 examples"):
         JsonlDataset(path, limit=0)
 
 

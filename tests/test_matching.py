@@ -456,7 +456,7 @@ class TestContract:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"miss": -1.0}, "miss=-1"), ({"extra": -0.5}, "extra=-0.5"), ({"floor": 1.5}, "floor=1.5 is no cosine")],
+        [({"miss": -1.0}, "miss: -1 "), ({"extra": -0.5}, "extra: -0.5 "), ({"floor": 1.5}, "floor: 1.5 is no cosine")],
     )
     def test_impossible_options_are_refused(self, options, message):
         with pytest.raises(ConfigError, match=message):

@@ -391,7 +391,7 @@ class TestCheckReward:
             return [scale * float(np.asarray(image).std()) for image in completions]
 
         held = check_reward(function_reward(contrast)(scale=2.0))
-        assert held[-1] == "gradient: none, as it says"
+        assert held[-2:] == ("gradient: none, as it says", "begun with others, a picture's score is the same")
 
     def test_what_would_be_masked_in_a_run_is_a_fault_here(self) -> None:
         def broken(completions: list[Any]) -> list[float]:

@@ -82,7 +82,7 @@ def test_a_new_function_passes_as_it_stands(here, run, capsys):
     assert run("reward", "check", "./calm.py:calm", "level=0.25")[0] == 0
     capsys.readouterr()
     runpy.run_path("calm.py", run_name="__main__")
-    assert capsys.readouterr().out.count("ok: ") == 6
+    assert capsys.readouterr().out.count("ok: ") == 7
 
 
 def test_arguments_of_what_is_written_are_checked(here, run):
@@ -91,7 +91,7 @@ def test_arguments_of_what_is_written_are_checked(here, run):
     for arguments, message in {
         ("lewel=0.4",): "reward.args.lewel: unknown argument. Did you mean 'level'?",
         ("level=high",): "reward.args.level: input should be a valid number, got 'high'",
-        ("level=1.5",): "level is 1.5; it must be in [0, 1]",
+        ("level=1.5",): "reward.args.level: 1.5 is not in [0, 1]",
         ("needs_style=1",): "reward.args.needs_style: ",
         ("level",): "argument 'level': expected 'name=value'",
         ("level=[",): "argument 'level=[', line 1: ",

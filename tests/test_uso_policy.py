@@ -382,7 +382,7 @@ def test_sampled_encoding_belongs_to_the_picture() -> None:
         ({"train": ("lorra",)}, "train: 'lorra' is not one of lora, projector, transformer. Did you mean 'lora'?"),
         ({"schedule": "officially"}, "Did you mean 'official'?"),
         ({"pe": "x"}, "pe: 'x' is not one of d, h, w, o."),
-        ({"projector": None, "train": ("projector",)}, "train names 'projector', but the policy has none"),
+        ({"projector": None, "train": ("projector",)}, "train: it names 'projector', but the policy has none"),
         ({"projector": StyleProjector(num_tokens=4, token_dim=8, tokens_per_level=2, hidden_size=20)}, "24 wide"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, ClassVar, Self, cast
 from torch import Tensor
 
 from rewardgen.data.images import ImageError, decode_image, load_image, picture_size
-from rewardgen.data.jsonl import DatasetError
+from rewardgen.data.jsonl import DatasetError, check_limit
 from rewardgen.errors import nearest
 from rewardgen.types import Example
 
@@ -56,9 +56,15 @@ class HuggingFaceDataset:
         extras: list[str] | None = None,
         limit: int | None = None,
     ) -> None:
+        check_limit(limit)  # before anything is fetched
         columns = {"prompt": prompt, "content": content, "style": style, "identity": identity}
         columns |= {"target": target, "id": id}
         self._take(_load(path, name, split, revision), path, columns, extras, limit)
+
+    @classmethod
+    def check_arguments(cls, *, limit: int | None, **_: Any) -> None:
+        """Refuse values before anything is fetched. Raises DatasetError."""
+        check_limit(limit)
 
     @classmethod
     def from_dataset(cls, rows: Any, *, extras: list[str] | None = None, **columns: str | None) -> Self:
@@ -76,8 +82,6 @@ class HuggingFaceDataset:
             if column is not None and column != key and column not in there:
                 hint = nearest(column, there) or f" There are: {', '.join(there)}."
                 raise DatasetError(f"{place}: {key}: there is no column '{column}'.{hint}")
-        if limit is not None and limit < 1:
-            raise DatasetError(f"{place}: limit: {limit} rows; at least 1 is needed")
         self._columns = {key: column for key, column in columns.items() if column in there}
         if not self._columns.keys() - {"id"}:
             raise DatasetError(f"{place}: none of its columns is known: {', '.join(there)}; name them in `args`")

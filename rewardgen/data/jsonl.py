@@ -21,6 +21,12 @@ class DatasetError(UserError):
     """A dataset file that cannot be used; names the lines."""
 
 
+def check_limit(limit: int | None) -> None:
+    """Raise DatasetError for a limit that leaves no example."""
+    if limit is not None and limit < 1:
+        raise DatasetError(f"limit: {limit} examples; at least 1 is needed")
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     id: str
@@ -50,9 +56,13 @@ class JsonlDataset:
 
     def __init__(self, path: str, limit: int | None = None) -> None:
         self.path = _at_home(path)
-        if limit is not None and limit < 1:
-            raise DatasetError(f"{path}: limit: {limit} rows; at least 1 is needed")
+        check_limit(limit)
         self._rows = _read(self.path)[:limit]
+
+    @classmethod
+    def check_arguments(cls, *, limit: int | None, **_: Any) -> None:
+        """Refuse values before the file is read. Raises DatasetError."""
+        check_limit(limit)
 
     def __len__(self) -> int:
         return len(self._rows)

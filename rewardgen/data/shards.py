@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, cast
 
 from rewardgen.data.images import ImageError, decode_image, picture_size
-from rewardgen.data.jsonl import DatasetError
+from rewardgen.data.jsonl import DatasetError, check_limit
 from rewardgen.strict_yaml import show
 from rewardgen.types import Example
 
@@ -65,8 +65,7 @@ class ShardDataset:
     """Examples may be read by another thread, see `read_ahead.py`."""
 
     def __init__(self, path: str, limit: int | None = None) -> None:
-        if limit is not None and limit < 1:
-            raise DatasetError(f"{path}: limit: {limit} examples; at least 1 is needed")
+        check_limit(limit)
         self.shards = list(_shards(path))
         entries: dict[str, _Entry] = {}
         home: dict[str, Path] = {}
@@ -78,6 +77,11 @@ class ShardDataset:
         if not entries:
             raise DatasetError(f"{path}: the shards hold no examples")
         self._entries = list(entries.items())[:limit]
+
+    @classmethod
+    def check_arguments(cls, *, limit: int | None, **_: Any) -> None:
+        """Refuse values before a shard is read. Raises DatasetError."""
+        check_limit(limit)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rewardgen.errors import ConfigError
+from rewardgen.errors import ConfigError, nearest
 from rewardgen.types import Example
 from rewardgen.world.scenes import (
     Split,
@@ -34,10 +36,7 @@ class TinyWorld:
     def __init__(
         self, split: str = "train", size: int = 1024, seed: int = 0, clean_targets: bool | None = None
     ) -> None:
-        if split not in _SEEDS:
-            raise ConfigError(f"split: '{split}' is neither 'train' nor 'held_out'")
-        if size < 1:
-            raise ConfigError(f"size: {size} triplets; at least 1 is needed")
+        self.check_arguments(split=split, size=size)
         which: Split = "train" if split == "train" else "held_out"
         base = _SEEDS[split] + 10_000 * seed
         self.split = split
@@ -51,6 +50,14 @@ class TinyWorld:
         self._another = _bytes(render(content, neighbour, base + 4))
         self._content = _bytes(render(content, photo))
         self._style = _bytes(render(draw_contents(size, base + 6, which), style, base + 7))
+
+    @classmethod
+    def check_arguments(cls, *, split: str, size: int, **_: Any) -> None:
+        """Refuse values before anything is drawn. Raises ConfigError."""
+        if split not in _SEEDS:
+            raise ConfigError(f"split: '{split}' is neither 'train' nor 'held_out'.{nearest(split, _SEEDS)}")
+        if size < 1:
+            raise ConfigError(f"size: {size} triplets; at least 1 is needed")
 
     def __len__(self) -> int:
         return len(self._prompts)

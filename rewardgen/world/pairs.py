@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rewardgen.errors import ConfigError
+from rewardgen.errors import ConfigError, nearest
 from rewardgen.types import Example
 from rewardgen.world.scenes import Split, concat, draw_contents, draw_styles, render, spoil, take
 from rewardgen.world.similarity import style_similarity
@@ -32,10 +32,7 @@ class StylePairs:
     """
 
     def __init__(self, split: str = "train", size: int = 1000, seed: int = 0) -> None:
-        if split not in _SEEDS:
-            raise ConfigError(f"split: '{split}' is neither 'train' nor 'held_out'")
-        if size < 2:
-            raise ConfigError(f"size: {size} pairs; at least 2 are needed")
+        self.check_arguments(split=split, size=size)
         which: Split = "train" if split == "train" else "held_out"
         base = _SEEDS[split] + 10_000 * seed
         self.split = split
@@ -57,6 +54,14 @@ class StylePairs:
             for first in range(0, len(pictures), _CHUNK):
                 chunk = pictures[first : first + _CHUNK]
                 chunk.copy_(_bytes(disturb(chunk / 255, vae, seed + 2 * first + offset)))
+
+    @classmethod
+    def check_arguments(cls, *, split: str, size: int, **_: Any) -> None:
+        """Refuse values before anything is drawn. Raises ConfigError."""
+        if split not in _SEEDS:
+            raise ConfigError(f"split: '{split}' is neither 'train' nor 'held_out'.{nearest(split, _SEEDS)}")
+        if size < 2:
+            raise ConfigError(f"size: {size} pairs; at least 2 are needed")
 
     def __len__(self) -> int:
         return len(self._similarity)

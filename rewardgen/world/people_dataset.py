@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewardgen.errors import ConfigError
+from rewardgen.errors import ConfigError, nearest
 from rewardgen.types import Example
 from rewardgen.world.faces import MAX_PEOPLE, draw_groups, portraits
 from rewardgen.world.people import People, draw_people
@@ -48,12 +49,7 @@ class TinyPeople:
         people: int | None = None,
         clean_targets: bool | None = None,
     ) -> None:
-        if split not in _SEEDS:
-            raise ConfigError(f"split: '{split}' is neither 'train' nor 'held_out'")
-        if size < 1:
-            raise ConfigError(f"size: {size} examples; at least 1 is needed")
-        if people is not None and not 1 <= people <= MAX_PEOPLE:
-            raise ConfigError(f"people: {people}; a picture has 1 to {MAX_PEOPLE}")
+        self.check_arguments(split=split, size=size, people=people)
         which: Split = "train" if split == "train" else "held_out"
         base = _SEEDS[split] + 10_000 * seed
         self.split = split
@@ -73,6 +69,16 @@ class TinyPeople:
         others = draw_people(len(wanted), base + 4, which)
         spoiled = wanted if clean else lookalikes(wanted, others, LOOKALIKES, base + 5)
         self._target = self._truth if clean else _bytes(draw_groups(spoiled, self._who_NK, base + 20)[0])
+
+    @classmethod
+    def check_arguments(cls, *, split: str, size: int, people: int | None, **_: Any) -> None:
+        """Refuse values before anything is drawn. Raises ConfigError."""
+        if split not in _SEEDS:
+            raise ConfigError(f"split: '{split}' is neither 'train' nor 'held_out'.{nearest(split, _SEEDS)}")
+        if size < 1:
+            raise ConfigError(f"size: {size} examples; at least 1 is needed")
+        if people is not None and not 1 <= people <= MAX_PEOPLE:
+            raise ConfigError(f"people: {people}; a picture has 1 to {MAX_PEOPLE}")
 
     def __len__(self) -> int:
         return len(self._prompts)

@@ -49,9 +49,8 @@ def open_detector(detector: str, *, confidence: float | None = None) -> FaceDete
         ConfigError: onnxruntime is not installed, or `confidence` is given to a detector without scores.
         CheckpointError: the file is missing, unreadable or of another kind.
     """
+    check_confidence(detector, confidence)
     if detector == "given":
-        if confidence is not None:
-            raise ConfigError("the detector 'given' has no confidence to compare with; leave it out")
         return GivenDetector()
     options = {} if confidence is None else {"confidence": confidence}
     if Path(detector).suffix == ".safetensors":
@@ -65,6 +64,12 @@ def open_detector(detector: str, *, confidence: float | None = None) -> FaceDete
     raise CheckpointError(
         f"face detector {detector} has {count} outputs; SCRFD with landmarks has 9 or 15, RetinaFace has 3"
     )
+
+
+def check_confidence(detector: str, confidence: float | None) -> None:
+    """Raise ConfigError where `confidence` is given to a detector without scores."""
+    if detector == "given" and confidence is not None:
+        raise ConfigError("confidence: the detector 'given' has none to compare with; leave it out")
 
 
 def open_session(path: Path) -> Session:

@@ -79,14 +79,19 @@ def read_key(key_env: str | None) -> str | None:
     """
     if key_env is None:
         return None
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", key_env):
-        raise ConfigError("key_env: give the name of an environment variable that holds the key, never the key itself")
+    check_key_name(key_env)
     key = os.environ.get(key_env, "").strip()
     if not key:
         raise ConfigError(f"key_env: the environment variable {key_env} is not set; export it where the run starts")
     if not key.isascii() or not key.isprintable():
         raise ConfigError(f"key_env: the value of {key_env} is no key: it has characters that cannot be sent")
     return key
+
+
+def check_key_name(key_env: str) -> None:
+    """Raise ConfigError for what cannot be the name of an environment variable; never shows it."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", key_env):
+        raise ConfigError("key_env: give the name of an environment variable that holds the key, never the key itself")
 
 
 def call(url: str, body: bytes, *, key: str | None, timeout_s: float) -> Reply:

@@ -101,6 +101,12 @@ def answer_tokens(tokenizer: Any, values: Mapping[str, float]) -> dict[str, list
     return {answer: sorted(tokens) for answer, tokens in found.items()}
 
 
+def check_plain(question: Question) -> None:
+    """Raise ConfigError for a question whose reply does not begin with the answer."""
+    if question.settings.reasons:
+        raise ConfigError(f"question: '{question.name}' asks for reasons first, which only vlm_judge can read")
+
+
 class LocalModel(nn.Module):
     """Answers a question about pictures by the probabilities of the reply's first token.
 
@@ -129,8 +135,7 @@ class LocalModel(nn.Module):
     ) -> None:
         super().__init__()
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
-        if question.settings.reasons:
-            raise ConfigError(f"question: '{question.name}' asks for reasons first, which only vlm_judge can read")
+        check_plain(question)
         if not getattr(processor, "chat_template", None):
             raise ConfigError(f"model: the processor of '{name}' has no chat template")
         if not isinstance(getattr(processor, "image_token", None), str):

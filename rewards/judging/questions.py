@@ -122,9 +122,20 @@ def load_question(name: str) -> Question:
     return parse_template(text, name=name)
 
 
+def check_question(name: str) -> Question | None:
+    """As `load_question`, but None where it is a file that is not here (yet)."""
+    if Path(name).suffix:
+        try:
+            if not Path(name).expanduser().is_file():
+                return None
+        except (OSError, RuntimeError):  # no path that can be, or nobody of that name has a home here
+            return None
+    return load_question(name)
+
+
 def parse_template(text: str, *, name: str) -> Question:
     """Parse the text of a template. Raises ConfigError as `load_question`."""
-    where = f"question template '{name}'"
+    where = f"question: the template '{name}'"
     head = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*\n", text.replace("\r\n", "\n"), re.DOTALL)
     if head is None:
         raise ConfigError(f"{where} must begin with its settings between two lines '---', such as 'answer: yes_no'")
