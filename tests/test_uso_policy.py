@@ -329,7 +329,10 @@ def test_save_and_load_again(tmp_path: Path) -> None:
     latents = noise_like_request(policy, range(len(EXAMPLES)), SIZE)
     with torch.no_grad():
         ours, theirs = (velocities(p, EXAMPLES, latents, TIMES) for p in (policy, loaded))
-    assert torch.equal(ours, theirs)
+    again = dict(loaded.named_parameters())
+    assert all(torch.equal(parameter, again[name]) for name, parameter in policy.named_parameters())
+    # Not bit for bit: on some processors a product's last bits depend on where in memory its factors lie.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
     assert list(loaded.trainable()) == [name for name in policy.trainable() if ".lora_" in name]
     fresh = UsoPolicy.from_pretrained(
         str(tmp_path / "base"), train=("transformer", "projector"), style_tokens_per_level=3, **options
