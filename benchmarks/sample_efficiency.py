@@ -40,7 +40,6 @@ TABLE = shared.RESULTS / "sample_efficiency.md"
 SAMPLES = shared.EXPERIMENT.with_name("uso_grpo.yaml")
 TARGET_SHARE, JUDGEMENTS = 0.15, 8
 HELD_OUT = 64
-WITNESSES = list(METRICS.values())[1:]
 Curve = Sequence[tuple[float, Sequence[float]]]
 """Evaluations spent, and the metrics then."""
 REFL, DRAFT, GRPO = "refl (SRL)", "draft, last 2 steps", "Flow-GRPO"
@@ -167,10 +166,11 @@ def render(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> str:
     target, (base, ceiling) = target_of(found), (found[0]["curve"][0][1], found[0]["ceiling"])
     seeds = sorted({cell.seed for cell in plans})
     lead = ["evaluations a step", *(f"to CSD {target:.3f}, seed {seed}" for seed in seeds), "mean"]
-    heads = ["", *lead, *(f"{label} there" for label in WITNESSES), "budget", "CSD after it"]
+    there, after = list(METRICS.values())[1:], METRICS.values()
+    heads = ["", *lead, *(f"{label} there" for label in there), "budget", *(f"{label} after it" for label in after)]
+    blank = [""] * (len(lead) + len(there) + 1)
     rows = [
-        [name, *[""] * len(lead), *(f"{value:.3f}" for value in witnesses), "", f"{csd:.3f}"]
-        for name, (csd, *witnesses) in (("truth", ceiling), ("base", base))
+        [name, *blank, *(f"{value:.3f}" for value in values)] for name, values in (("truth", ceiling), ("base", base))
     ]
     for arm in dict.fromkeys(cell.arm for cell in plans):
         first = next(cell for cell in plans if cell.arm == arm)
@@ -186,16 +186,17 @@ def render(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _row(curves: Sequence[Curve], target: float, budget: str) -> list[str]:
-    """From the seeds' evaluations to the CSD after the whole budget."""
+    """From the seeds' evaluations to the metrics after the whole budget."""
     places = [reached(curve, target) for curve in curves]
     texts = [f"{place[0]:,.0f}" if place else "not reached" for place in places]
     there = [place for place in places if place]
     mean = f"{sum(spent for spent, _ in there) / len(there):,.0f}" if len(there) == len(places) else "-"
-    witnesses = [
-        f"{sum(at[1 + index] for _, at in there) / len(there):.3f}" if there else "-" for index in range(len(WITNESSES))
-    ]
-    end = sum(curve[-1][1][0] for curve in curves) / len(curves)
-    return [*texts, mean, *witnesses, budget, f"{end:.3f}"]
+    witnesses = _means([at for _, at in there])[1:] if there else ["-"] * (len(METRICS) - 1)
+    return [*texts, mean, *witnesses, budget, *_means([curve[-1][1] for curve in curves])]
+
+
+def _means(values: Sequence[Sequence[float]]) -> list[str]:
+    return [f"{sum(column) / len(column):.3f}" for column in zip(*values, strict=True)]
 
 
 def main() -> None:
