@@ -12,6 +12,7 @@ import gc
 import logging
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,9 +31,9 @@ from rewardgen.measure import LiveBytes, OperationCounter
 class Observer(TorchDispatchMode):
     """Counts bytes and operations within `dry`. One mode for both: each costs as much as the operations themselves."""
 
-    def __init__(self, resident: Iterable[Tensor]) -> None:
+    def __init__(self, resident: Iterable[Tensor], *, elsewhere: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.memory, self._counter = LiveBytes(resident), OperationCounter()
+        self.memory, self._counter = LiveBytes(resident, elsewhere=elsewhere), OperationCounter()
 
     def take_operations(self) -> int:
         """Operations since this was last asked."""
@@ -96,11 +97,38 @@ def _places(mask: Tensor | None) -> list[Tensor | None]:
     return [torch.arange(len(mask), device=mask.device)]
 
 
-def _black(tensor: Tensor) -> Any:
-    """Pictures that leave torch for NumPy or Pillow leave it black."""
-    import numpy as np
+class _Pictures:
+    """Pictures that leave torch for NumPy or Pillow leave it black, but for a number in their first three values.
 
-    return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+    Policies and rewards encode a picture once and find it again by a digest of its values: if all were equally black,
+    all examples of a batch would share one encoding.
+    """
+
+    def __init__(self) -> None:
+        self._number: dict[tuple[int, int], int] = {}
+        self._next = 0
+
+    def black(self, tensor: Tensor) -> Any:
+        """In place of `Tensor.numpy`; the same number for the same memory, as after `detach`, `view` and the like."""
+        import numpy as np
+
+        made = np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+        if made.dtype == np.uint8 or np.issubdtype(made.dtype, np.floating):
+            number, unit = self._number_of(tensor), 1 if made.dtype == np.uint8 else 255
+            digits = [number % 256, number // 256 % 256, number // 65536 % 256][: made.size]
+            made.flat[: len(digits)] = [digit / unit for digit in digits]
+        return made
+
+    def _number_of(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        place = (int(storage._cdata), int(tensor.storage_offset()) * tensor.element_size())
+        if place not in self._number:
+            weakref.finalize(storage, self._forget, place)  # other memory may come to lie there
+            self._number[place], self._next = self._next, self._next + 1
+        return self._number[place]
+
+    def _forget(self, place: tuple[int, int]) -> None:
+        del self._number[place]
 
 
 _tensor = torch.tensor
@@ -121,13 +149,14 @@ def _as_numbers(data: Any) -> Any:
 def dry() -> Iterator[None]:
     """Tensors made within have no memory. What functions remembered within is forgotten."""
     _forget()
+    pictures = _Pictures()
     quiet = logging.root.manager.disable
     logging.disable(logging.ERROR)  # what fails is raised, or told as not counted
     try:
         with (
             FakeTensorMode(allow_non_fake_inputs=True),
             _Answers(),  # type: ignore[no-untyped-call]
-            mock.patch.object(Tensor, "numpy", _black),
+            mock.patch.object(Tensor, "numpy", lambda tensor: pictures.black(tensor)),
             mock.patch.object(torch, "tensor", _tensor_of_numbers),
             mock.patch.object(nn.Module, "_apply", _apply),
             warnings.catch_warnings(),

@@ -80,12 +80,18 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         resident: tensors that were there before.
+        elsewhere: tensors in other memory than what is counted, such as a dataset's pictures; nor are views of them.
     """
 
-    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
+    def __init__(self, resident: Iterable[Tensor] = (), *, elsewhere: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: dict[int, int] = {}
+        self._elsewhere: set[int] = set()
+        for storage in {tensor.untyped_storage() for tensor in elsewhere}:
+            # What is freed may make room for another storage under the same key.
+            weakref.finalize(storage, self._elsewhere.discard, storage._cdata)
+            self._elsewhere.add(storage._cdata)
         for tensor in resident:
             self._see(tensor)
 
@@ -109,6 +115,8 @@ class LiveBytes(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
+        if key in self._elsewhere:
+            return
         if key not in self._known:
             # The storage's Python object lives exactly as long as the storage.
             weakref.finalize(storage, self._free, key)

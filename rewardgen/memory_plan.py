@@ -5,6 +5,8 @@ fake tensors): nothing is computed, read or fetched, and whatever policy, reward
 names is in it. `benchmarks/memory_plan.py` compares it with what is measured.
 
 The figures are of tensors. Allocators, kernels' scratch memory and the device's own context come on top: `RESERVE`.
+So does what bounded caches keep of other micro-batches: encodings in CPU memory, references and positions on the
+device. Pictures as a dataset reads them are not counted, for they lie in CPU memory; what a step makes of them is.
 Arithmetic is planned as on the CPU, whose autocast casts slightly less to float32 than CUDA's.
 """
 
@@ -34,6 +36,7 @@ from rewardgen.planned import (
     make_policy,
     make_rewards,
     make_witnesses,
+    pictures_of,
     takes_styles,
 )
 from rewardgen.planned_draws import draw, size_of
@@ -208,7 +211,7 @@ def _walk(experiment: Experiment, learner: Learner, witnesses: Mapping[str, Rewa
     known = [
         tensor for module in (policy, *objective.rewards.values(), *witnesses.values()) for tensor in _tensors(module)
     ]
-    with Observer([*known, *learner.state()[0].values()]) as observer:
+    with Observer([*known, *learner.state()[0].values()], elsewhere=pictures_of(examples)) as observer:
         policy.encode(examples)
         encoding, encoding_peak = observer.take_operations(), observer.memory.peak
         if release := getattr(policy, "release_encoders", None):

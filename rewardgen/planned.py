@@ -6,13 +6,15 @@ does all that any step of the run may do. Models are made of their sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from rewardgen import plugins, sources
 from rewardgen.config import Experiment
@@ -69,7 +71,14 @@ def examples_for(policy: Policy, number: int, size: tuple[int, int]) -> list[Exa
 def _example(index: int, size: tuple[int, int], *, styles: bool) -> Example:
     content, style, target = (torch.zeros(3, *size) for _ in range(3))
     refs = (style,) if styles else ()
-    return Example(id=str(index), prompt="a picture", content_refs=(content,), style_refs=refs, target=target)
+    # No two prompts are equal, for each is encoded once.
+    return Example(id=str(index), prompt=f"picture {index}", content_refs=(content,), style_refs=refs, target=target)
+
+
+def pictures_of(examples: Iterable[Example]) -> list[Tensor]:
+    """All tensors of the examples: what a dataset read into CPU memory, wherever the models are."""
+    columns = [getattr(example, field.name) for example in examples for field in dataclasses.fields(example)]
+    return [leaf for leaf in tree_leaves(columns) if isinstance(leaf, Tensor)]
 
 
 def takes_styles(policy: Policy) -> bool:

@@ -61,9 +61,11 @@ def work(reward: Reward, *, counted: Any) -> int:
     """Operations of a score and its gradient, the second time: references and texts are remembered."""
     reward.requires_grad_(False).eval()
     pixels_B3HW = torch.stack([picture(), picture()]).requires_grad_()
-    reward.score(pixels_B3HW.detach(), [example(), example()])
+    # The same ones both times: in a dry run only a picture itself has its values, no other one that is made like it.
+    examples = [example(), example()]
+    reward.score(pixels_B3HW.detach(), examples)
     with counted as counter:
-        value_B = reward.score(pixels_B3HW, [example(), example()]).value_B
+        value_B = reward.score(pixels_B3HW, examples).value_B
         torch.autograd.grad(value_B.sum(), pixels_B3HW)
     return int(counter.take_operations() if isinstance(counter, Observer) else counter.total)
 

@@ -28,8 +28,11 @@ from rewardgen.errors import UserError
 from rewardgen.measure import LiveBytes, OperationCounter
 from rewardgen.memory_plan import Plan, plan, render
 from rewardgen.policies import shapes
+from rewardgen.policies.packing import to_pil
 from rewardgen.rewards import sizes
+from rewardgen.rewards.cache import digest
 from rewardgen.types import Example, Score
+from rewardgen.world.witness import ContentWitness
 from tests.test_cli import TOY
 from tests.test_uso_policy import make_parts, make_tokenizer
 from tests.toys import ToyDataset, ToyPolicy, ToyReward
@@ -57,6 +60,18 @@ def test_live_bytes_come_and_go() -> None:
         assert live.peak == KB
         kept.add_(1)
         assert live.peak == KB
+
+
+def test_live_bytes_leave_out_what_lies_elsewhere() -> None:
+    picture = torch.zeros(3, 256)
+    with LiveBytes([picture], elsewhere=[picture[0]]) as live:
+        view = picture[1:].detach()
+        assert live.live == live.peak == 0
+        made = view + 1
+        assert live.live == 2 * KB
+        del picture, view, made
+        assert live.live == 0
+        assert not live._elsewhere  # a new storage may come to lie where the old one was
 
 
 @pytest.mark.parametrize("fake", [False, True])
@@ -105,17 +120,65 @@ def test_nothing_of_a_dry_run_stays() -> None:
         assert not bool(torch.ones(2).isnan().any())
         assert torch.rand(5)[torch.zeros(5, dtype=torch.bool)].shape == (5,)
         assert torch.zeros(4, dtype=torch.bool).nonzero()[:, 0].shape == (4,)
-        assert float(torch.zeros(4).numpy().sum()) == 0
     assert not isinstance(_remembered(), FakeTensor)
     assert nn.Linear(2, 2).to(torch.float64).weight.dtype == torch.float64
     assert torch.ones(2).numpy().sum() == 2
 
 
-@pytest.mark.parametrize("case", ["SRL", "with checkpointed blocks"])
+def test_pictures_of_a_dry_run_are_told_apart_by_their_values() -> None:
+    with dry():
+        first, second = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+        batch = torch.stack([first, second])
+        assert float(first.numpy().max()) == 0
+        assert 0 < float(second.numpy().max()) < 1
+        codes = {digest(picture) for picture in (first, second, *batch)}
+        assert len(codes) == 4
+        # A picture is found again, also by another view of it.
+        assert {digest(picture) for picture in (first.detach(), second.view(3, 4, 4), batch[0], batch[1])} == codes
+        assert to_pil(second).size == (4, 4)
+        assert torch.zeros(0, 3).numpy().size == 0
+        assert not torch.zeros(5, dtype=torch.int64).numpy().any()
+        assert not torch.zeros(5, dtype=torch.bool).numpy().any()
+
+
+@pytest.mark.parametrize("case", ["SRL", "offloaded 8-bit base, checkpointed blocks"])
 def test_prediction_agrees_with_measurement(case: str) -> None:
+    """Far closer than the aim: no part is missing, however small beside the activations."""
     row = benchmark.compare(benchmark.CASES[case])
-    assert row["ratio"] == pytest.approx(1, abs=benchmark.TOLERANCE)
+    assert row["ratio"] == pytest.approx(1, abs=1e-4)
+    assert row["operations"] == pytest.approx(1, abs=1e-3)
     assert case in benchmark.render({case: row})
+
+
+def test_every_example_of_a_batch_is_encoded() -> None:
+    one, three = (plan(benchmark.experiment_of([f"train.batch_size={size}"])) for size in (1, 3))
+    part = "encodings of the batch"
+    assert three.resident[part] == 3 * one.resident[part] > 0
+    # The flow-matching term's targets are encoded in the step, so that this is of prompts and references alone.
+    assert three.encoding_operations == 3 * one.encoding_operations > 0
+
+
+def test_the_bundled_witnesses_are_counted() -> None:
+    found = plan(benchmark.experiment_of([]))
+    assert not any("witness" in what for what in found.uncounted)
+    assert found.resident["witness layout"] == sum(4 * p.numel() for p in ContentWitness().parameters())
+
+
+class Hoard(ToyDataset):
+    """Pictures that are views of one memory, a thousand times as large as the model."""
+
+    def __init__(self, size: int, hoarded: int = 0) -> None:
+        super().__init__(size)
+        self._all = torch.zeros(hoarded, 3, 8, 8)
+
+    def __getitem__(self, index: int) -> Example:
+        return dataclasses.replace(super().__getitem__(index), extras={"more": self._all[index:]})
+
+
+def test_what_a_dataset_holds_is_not_measured() -> None:
+    use = "tests.test_memory_plan:Hoard"
+    plain, hoarding = (toy(data={"train": {"use": use, "args": {"size": 4, "hoarded": n}}}) for n in (0, 10_000))
+    assert benchmark.measured(plain) == benchmark.measured(hoarding)
 
 
 class Unstyled(ToyDataset):

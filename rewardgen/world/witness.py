@@ -60,6 +60,11 @@ class ContentWitness(Reward):
         super().__init__()
         self.reader = reader or load_reader(Path(__file__).parent / "assets" / "reader.safetensors")
 
+    @classmethod
+    def blueprint(cls, reader: CellReader | None = None) -> ContentWitness:
+        """A witness of the right sizes whose weights mean nothing; no file is read."""
+        return cls(reader or CellReader())
+
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         valid_B = torch.tensor(["grid" in example.extras for example in examples])
         value_B = torch.zeros(len(examples))
