@@ -101,6 +101,13 @@ def test_where_the_witnesses_do_not_apply() -> None:
     check_reward(TraitWitness(), examples=examples[:4], image_size=(SIDE, SIDE))
 
 
+def test_its_blueprint_has_its_sizes() -> None:
+    sizes = [
+        {name: p.shape for name, p in one.named_parameters()} for one in (TraitWitness(), TraitWitness.blueprint())
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_the_reader_learns() -> None:
     reader = recipe.make(None, steps=150, pictures=150)
     untaught = recipe.make(None, steps=1, pictures=100)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -108,10 +108,22 @@ class TraitWitness(Reward):
 
     def __init__(self, read: Literal["likeness", "apart"] = "likeness", *, reader: TraitReader | None = None) -> None:
         super().__init__()
-        if read not in ("likeness", "apart"):
-            raise ConfigError(f"read: '{read}' is neither 'likeness' nor 'apart'")
+        self.check_arguments(read=read)
         self.read = read
         self.reader = reader or load_trait_reader(Path(__file__).parent / "assets" / FILE)
+
+    @classmethod
+    def check_arguments(cls, *, read: str, **_: Any) -> None:
+        """Refuse values before anything is read. Raises ConfigError."""
+        if read not in ("likeness", "apart"):
+            raise ConfigError(f"read: '{read}' is neither 'likeness' nor 'apart'")
+
+    @classmethod
+    def blueprint(
+        cls, read: Literal["likeness", "apart"] = "likeness", *, reader: TraitReader | None = None
+    ) -> TraitWitness:
+        """A witness of the right sizes whose weights mean nothing; no file is read."""
+        return cls(read, reader=reader or TraitReader())
 
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         fits = tuple(pixels_B3HW.shape[2:]) == (SIDE, SIDE)
