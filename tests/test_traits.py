@@ -72,9 +72,8 @@ def test_true_pictures_agree_and_those_of_others_do_not(people: int) -> None:
     for witness in (TraitWitness(), TraitWitness("apart")):
         right = witness.score(truth, examples).value_B.mean()
         wrong = witness.score(truth, strangers).value_B.mean()
-        assert float(right) > 0.6
-        # The best of several assignments of strangers is better than a chance one, so not 0.
-        assert float(wrong) < 0.5 * float(right)
+        assert float(right) > 0.3
+        assert abs(float(wrong)) < 0.06, "sharp faces of strangers say nothing"
 
 
 def test_who_stands_where_does_not_matter_and_mixtures_are_told() -> None:
@@ -85,8 +84,8 @@ def test_who_stands_where_does_not_matter_and_mixtures_are_told() -> None:
     # Everybody as the mean of the picture's six places: like each a little, and like nobody more than like the others.
     height, width = SIDE // 2, SIDE // 3
     mixture = cells(truth).mean(1).repeat(1, 1, SIDE // height, SIDE // width)
-    assert float(apart.score(mixture, examples).value_B.mean()) < 0.2
-    assert float(apart.score(truth, examples).value_B.mean()) > 0.6
+    assert abs(float(apart.score(mixture, examples).value_B.mean())) < 0.03
+    assert float(apart.score(truth, examples).value_B.mean()) > 0.3
 
 
 def test_where_the_witnesses_do_not_apply() -> None:
