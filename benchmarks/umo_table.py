@@ -119,9 +119,14 @@ def plan(arm: str, seed: int, overrides: Sequence[str] = (), *, pictures: int = 
 
 def run_cell(cell: Plan, runs: Path) -> None:
     """Train one cell, judge it on every number of people, and write its file."""
-    folder = runs / cell.path.stem
+    base_of(cell)  # what is not there is told before the training
+    shared.train(cell.experiment, runs / cell.path.stem)
+    judge_cell(cell, runs / cell.path.stem)
+
+
+def judge_cell(cell: Plan, folder: Path) -> None:
+    """Judge the trained policy of a run's folder and write the cell's file."""
     base = base_of(cell)["scores"]
-    shared.train(cell.experiment, folder)
     path = latest_checkpoint(folder / "checkpoints")
     if path is None:
         raise SystemExit(f"{folder} holds no checkpoint")
