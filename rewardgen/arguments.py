@@ -84,7 +84,8 @@ def collect_args(
 def _value_faults(target: Callable[..., Any], arguments: Mapping[str, Any], path: str) -> list[tuple[str, str]]:
     """What the class says of the values, whether it is itself called or one of its class methods."""
     check = getattr(getattr(target, "__self__", target), "check_arguments", None)
-    if check is None:
+    if check is None or not _required(check) <= arguments.keys():
+        # None, or that of a parent whose constructor takes what this one does not.
         return []
     try:
         check(**arguments)
@@ -92,6 +93,14 @@ def _value_faults(target: Callable[..., Any], arguments: Mapping[str, Any], path
         name, colon, message = str(error).partition(": ")
         return [(f"{path}.{name}", message) if colon and name in arguments else (path, str(error))]
     return []
+
+
+def _required(function: Callable[..., Any]) -> set[str]:
+    return {
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+    }
 
 
 def _takes_nothing(target: Callable[..., Any]) -> bool:

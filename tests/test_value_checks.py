@@ -166,3 +166,11 @@ def test_the_class_sees_defaults_and_what_has_no_name_of_its_own() -> None:
 def test_values_are_looked_at_only_where_names_and_types_are_right() -> None:
     found = collect_args(Mine, {"low": "much", "spare": -1}, "args")[1]
     assert [where for where, _ in found] == ["args.low"]
+
+
+def test_a_child_with_another_constructor_is_not_held_to_its_parents_check() -> None:
+    class Child(Mine):
+        def __init__(self, width: int = 0) -> None:
+            raise AssertionError("made")
+
+    assert collect_args(Child, {"width": -1}, "args")[1] == []
