@@ -133,7 +133,9 @@ class TraitWitness(Reward):
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
         fits = tuple(pixels_B3HW.shape[2:]) == (SIDE, SIDE)
         least = 2 if self.read == "apart" else 1
-        valid_B = torch.tensor([fits and len(example.extras.get("traits", ())) >= least for example in examples])
+        valid_B = torch.tensor(
+            [fits and "places" in e.extras and len(e.extras.get("traits", ())) >= least for e in examples]
+        )
         value_B = torch.zeros(len(examples))
         if bool(valid_B.any()):
             cells_B63HW = cells(pixels_B3HW.detach().float().cpu().clamp(0, 1))
