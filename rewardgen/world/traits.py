@@ -152,7 +152,8 @@ class TraitWitness(Reward):
 @functools.cache
 def _strangers() -> Tensor:
     """Traits [STRANGERS, 6, T] of other held-out people, who are more like each other than all people are."""
-    return traits(draw_people(STRANGERS * MAX_PEOPLE, 17, "held_out")).unflatten(0, (STRANGERS, MAX_PEOPLE))
+    strangers_MT = traits(draw_people(STRANGERS * MAX_PEOPLE, 17, "held_out"))
+    return strangers_MT.view(STRANGERS, MAX_PEOPLE, -1)
 
 
 def agreement(agreement_MF: Tensor, *, apart: bool) -> float:
