@@ -131,9 +131,9 @@ def render(arms: Mapping[str, Sequence[Scores]], base: Scores, truth: Scores, *,
         " 95 % bootstrap interval over pictures. Bold: over the seeds, a picture's change being its mean over them."
         " Faces are counts for each picture. ID-Sim and ID-Conf are of the face network that the rewards use too. The"
         " witnesses take part in no objective and share nothing with it: likeness is how much of what tells a person"
-        " from the average one is read at their place (1 = all, 0 = an average face), apart what is left of it when"
-        " what is read there of the picture's other people is taken off, layout the share of the places taken that the"
-        " prompt names."
+        " from the average one is read at their place, less what strangers agree with by chance (0 = nothing of these"
+        " people), apart the same when what is read there of the picture's other people is taken off, layout the share"
+        " of places on which picture and prompt agree."
     )
     parts = [note, *(_table(number, arms, base, truth) for number in base), "## What it says", *verdicts(arms, base)]
     return "\n\n".join(parts) + "\n"
