@@ -13,6 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import amortised
+import cells as shared
+import sample_efficiency
 import umo_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +68,14 @@ def test_the_table_of_amortised_rollouts_is_current_and_what_its_cells_say() -> 
     assert [plan.path.name for plan in plans if not amortised.shared.is_current(plan.path, plan.key)] == []
     cells = [amortised.shared.read(plan.path) for plan in plans]
     assert amortised.render(plans, cells) == amortised.TABLE.read_text()
+
+
+def test_the_table_of_sample_efficiency_is_current_and_what_its_cells_say() -> None:
+    plans = [sample_efficiency.plan(arm, seed) for arm in sample_efficiency.ARMS for seed in shared.SEEDS]
+    assert [plan.path.name for plan in plans if not shared.is_current(plan.path, plan.key)] == []
+    assert sample_efficiency.render(plans, [shared.read(plan.path) for plan in plans]) == (
+        sample_efficiency.TABLE.read_text()
+    )
 
 
 @pytest.fixture(scope="module")
