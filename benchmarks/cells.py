@@ -24,6 +24,8 @@ METRICS = {"style": "CSD (the reward)", "palette_texture": "style witness", "lay
 GAP = "CSD gap closed"
 SAVING = ("checkpoint_every", "keep_last", "keep_best", "keep_best_metric", "device")
 """Settings of a training that change none of its numbers."""
+WARNING = ("drift", "witness_drop", "confidence")
+"""Settings of the monitor that say only when it warns."""
 PIECES = ("base", "csd", "encoders", "reader", "vae")
 """What of the bundled world these experiments read; the others may change without making a cell outdated."""
 
@@ -35,10 +37,12 @@ def load(seed: int, overrides: Sequence[str] = (), examples: int = 200, path: Pa
 
 
 def key_of(experiment: Experiment, *, of_the_world: Sequence[str] = PIECES, **more: Any) -> str:
-    """What a cell's numbers depend on: the experiment (not how it reports and saves), the files of the world's pieces
-    that it reads (none yet of one that is not bundled), and `more`."""
+    """What a cell's numbers depend on: the experiment (not how it reports, saves and warns), the files of the world's
+    pieces that it reads (none yet of one that is not bundled), and `more`."""
     settings = {k: v for k, v in experiment.model_dump(mode="json").items() if k not in ("name", "report", "flavors")}
     settings["train"] = {k: v for k, v in settings["train"].items() if k not in SAVING}
+    if "monitor" in settings and not experiment.monitor.stop_on_drift:  # then a warning changes nothing
+        settings["monitor"] = {k: v for k, v in settings["monitor"].items() if k not in WARNING}
     world = files_of(of_the_world)
     everything = [settings, world, more] if more else [settings, world]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
