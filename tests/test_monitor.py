@@ -14,6 +14,7 @@ from rewardgen.config import load_experiment
 from rewardgen.errors import ConfigError, UserError
 from rewardgen.evaluation.evaluate import Evaluation
 from rewardgen.evaluation.monitor import (
+    DRIFT,
     FILE,
     DriftError,
     Finding,
@@ -24,6 +25,7 @@ from rewardgen.evaluation.monitor import (
     with_diversity,
     without_statistics,
 )
+from rewardgen.evaluation.statistics import STATISTICS
 from rewardgen.types import Example, Score
 
 N = 40
@@ -99,6 +101,19 @@ def test_a_statistic_that_drifts_either_way_is_named(shift: float) -> None:
     assert f"sharpness of the pictures has drifted by {shift:+.4f}" in str(finding)
     assert finding.examples[0] == f"e{int((NOISE * shift).argmax())}"
     assert found(MonitorConfig(drift=2.0), style=0.0, layout=0.0, statistic_sharpness=shift) == []
+
+
+def test_each_statistic_has_a_threshold_and_may_be_given_another() -> None:
+    assert set(DRIFT) == {*STATISTICS, "diversity"}
+    config = MonitorConfig(drift={"sharpness": 2.0})
+    assert config.drift_of("statistic/sharpness") == 2.0
+    assert {name: config.drift_of(name) for name in DRIFT} == {**DRIFT, "sharpness": 2.0}
+    assert MonitorConfig(drift=3.0).drift_of("statistic/edge_density") == 3.0
+    assert MonitorConfig.model_validate(config.model_dump(mode="json")) == config
+    assert found(config, style=0.0, layout=0.0, statistic_sharpness=1.4) == []
+    for wrong in ({"sharpnes": 1.0}, {"sharpness": 0.0}, -1.0, "loud"):
+        with pytest.raises(ValueError, match="sharpness" if isinstance(wrong, dict) else "drift"):
+            MonitorConfig(drift=wrong)  # type: ignore[arg-type]
 
 
 def test_a_change_within_chance_is_not_flagged() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rewardgen.evaluation.evaluate import Evaluation
-from rewardgen.evaluation.monitor import MonitorConfig, find
+from rewardgen.evaluation.monitor import DRIFT, MonitorConfig, find
 from rewardgen.reward import check_reward
 from rewardgen.types import Score
 
@@ -25,7 +25,7 @@ from planted_games import RandomNetwork, UndertrainedCsd
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def one(step: int, kind: str, effect: float, name: str = "x") -> dict[str, Any]:
+def one(step: int, kind: str, effect: float, name: str = "statistic/sharpness") -> dict[str, Any]:
     return {"step": step, "kind": kind, "name": name, "effect": effect}
 
 
@@ -35,29 +35,33 @@ def cell(arm: str, seed: int, *findings: dict[str, Any]) -> dict[str, Any]:
 
 def test_thresholds_come_from_the_honest_runs_of_the_setting_seeds_alone() -> None:
     found = [
-        cell(HONEST, SETTING[0], one(13, "drift", -0.8), one(26, "drift", 0.4)),
-        cell(HONEST, SETTING[1], one(26, "witness", -0.02)),
+        cell(HONEST, SETTING[0], one(13, "drift", -0.8), one(26, "drift", 0.4), one(26, "drift", 0.1, "statistic/b")),
+        cell(HONEST, SETTING[1], one(26, "witness", -0.02, "layout")),
         cell(HONEST, JUDGING[0], one(26, "drift", 7.0)),
         cell("brightness", SETTING[0], one(26, "drift", 9.0)),
     ]
     limits = benchmark.thresholds(found)
-    assert limits == {"drift": pytest.approx(0.8 * benchmark.MARGIN), "witness": benchmark.LEAST}
+    assert set(limits) == {*DRIFT, "witness"}
+    assert limits.pop("sharpness") == pytest.approx(0.8 * benchmark.MARGIN)
+    assert set(limits.values()) == {benchmark.LEAST}
+    limits |= {"sharpness": 1.2, "b": benchmark.LEAST}
     assert not any(benchmark.first_warning(c, limits) for c in found if c["arm"] == HONEST and c["seed"] in SETTING)
-    assert benchmark.first_warning(found[2], limits) == (26, "x")
+    assert benchmark.first_warning(found[2], limits) == (26, "sharpness")
 
 
 def test_the_first_warning_is_the_earliest_and_of_its_step_the_strongest() -> None:
-    findings = [one(39, "drift", 9.0, "late"), one(26, "drift", 1.5, "a"), one(26, "witness", -0.9, "b")]
+    findings = [one(39, "drift", 9.0, "late"), one(26, "drift", 1.5, "a"), one(26, "witness", -0.9, "layout")]
     findings += [one(13, "drift", 0.9, "small")]
-    limits = {"drift": 1.0, "witness": 0.5}
-    assert benchmark.first_warning(cell("x", 0, *findings), limits) == (26, "b")
-    assert benchmark.first_warning(cell("x", 0, *findings), {"drift": 10.0, "witness": 1.0}) is None
+    limits = dict.fromkeys(("late", "a", "small"), 1.0)
+    assert benchmark.first_warning(cell("x", 0, *findings), limits | {"witness": 0.5}) == (26, "layout")
+    assert benchmark.first_warning(cell("x", 0, *findings), limits | {"witness": 0.7}) == (26, "a")
+    assert benchmark.first_warning(cell("x", 0, *findings), dict.fromkeys(limits, 10.0) | {"witness": 1.0}) is None
 
 
 @pytest.mark.parametrize(("drift", "drop"), [(0.2, 0.1), (0.6, 0.4), (1.5, 1.0)])
 def test_what_was_kept_says_what_the_monitor_would_have_said_with_any_threshold(drift: float, drop: float) -> None:
     rng = torch.Generator().manual_seed(5)
-    names = ["style", "layout", "palette_texture", *(f"statistic/{letter}" for letter in "abcdef")]
+    names = ["style", "layout", "palette_texture", *(f"statistic/{name}" for name in DRIFT)]
 
     def drawn(base: dict[str, torch.Tensor] | None) -> Evaluation:
         scores = {}
@@ -74,9 +78,14 @@ def test_what_was_kept_says_what_the_monitor_would_have_said_with_any_threshold(
     experiment = benchmark.plan(HONEST, 0, ["objective.rewards.content.weight=0"]).experiment
     kept = benchmark.findings(experiment, {0: now, 13: now, 26: now}, {0: control, 13: control})
     assert {finding.step for finding in kept} == {13}
-    limits = {"drift": drift, "witness": drop}
-    loud = {(f.kind, f.name) for f in kept if abs(f.effect) > limits[f.kind]}
-    config = MonitorConfig(drift=drift, witness_drop=drop)
+    own = {"sharpness": 0.9}
+    limits = dict.fromkeys(DRIFT, drift) | own | {"witness": drop}
+    loud = {
+        (f.kind, f.name)
+        for f in kept
+        if abs(f.effect) > limits[benchmark.threshold_of({"kind": f.kind, "name": f.name})]
+    }
+    config = MonitorConfig(drift=dict.fromkeys(DRIFT, drift) | own, witness_drop=drop)
     said = find(13, now, control, rewards=["style"], witnesses=list(experiment.evaluation.witnesses), config=config)
     assert loud == {(finding.kind, finding.name) for finding in said}
 
@@ -116,5 +125,6 @@ def test_cells_from_training_to_table(tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.dumps(found[0]["findings"])
     table = benchmark.render([], found)
     assert "| **honest SRL** | setting | 0 of 1 |" in table
-    assert "`monitor.drift: 0.62`" in table
+    assert "| `monitor.drift.sharpness` | 0.75 |" in table
+    assert "| `monitor.witness_drop` | 0.25 |" in table
     assert all(f"**{name}**" in table for name in GAMES)

@@ -2,7 +2,8 @@
 
 Supervised training moves a policy's pictures too, so what a reward does to them shows against a run of the same
 experiment without rewards (all weights 0), on the same held-out examples and noise, example by example. Effects are in
-standard deviations of the control over its examples, so that one threshold serves every statistic.
+standard deviations of the control over its examples. Honest training moves some statistics too, most of all edges and
+colours where a style is to be taken over, so each has a threshold of its own.
 
 Shape suffixes: N examples, K kept pictures.
 """
@@ -13,15 +14,15 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from rewardgen.errors import ConfigError, UserError
+from rewardgen.errors import ConfigError, UserError, nearest
 from rewardgen.evaluation.compare import Interval, student
 from rewardgen.evaluation.evaluate import Evaluation
 from rewardgen.evaluation.grid import save_grid
@@ -35,6 +36,17 @@ PREFIX = "statistic/"
 """Of the statistics' names; no reward or witness can have it."""
 SHOWN = 4
 """Pictures at most beside a warning."""
+DRIFT: Mapping[str, float] = {
+    "brightness": 1.0,
+    "sharpness": 1.0,
+    "saturation": 1.0,
+    "colour_entropy": 1.0,
+    "edge_density": 1.0,
+    "grid_peaks": 1.0,
+    "diversity": 1.0,
+}
+"""What `monitor.drift` is where nothing is said."""
+Threshold = Annotated[float, Field(gt=0)]
 
 
 class DriftError(UserError):
@@ -49,8 +61,9 @@ class MonitorConfig(Settings):
     control: str | None = None
     """Folder of a run of this experiment with all reward weights 0. Without it the run's own start takes its place,
     and what supervised training does to the pictures counts as drift."""
-    drift: float = Field(default=1.0, gt=0)
-    """Warn where a statistic's mean is this many of the control's standard deviations away from the control's mean."""
+    drift: Threshold | dict[str, Threshold] = Field(default_factory=lambda: dict(DRIFT))
+    """Warn where a statistic's mean is this many of the control's standard deviations away from the control's mean: one
+    number for all, or by statistic; one that is not named keeps `DRIFT`'s."""
     witness_drop: float = Field(default=0.5, gt=0)
     """Warn where a reward rose and a witness fell by this many of the control's standard deviations."""
     confidence: float = Field(default=0.99, gt=0, lt=1)
@@ -60,6 +73,22 @@ class MonitorConfig(Settings):
     stop_on_drift: bool = False
     """End the run at the first warning during training, before the next step, with a checkpoint. Needs
     `evaluation.every`."""
+
+    @field_validator("drift", mode="before")
+    @classmethod
+    def _with_the_others(cls, drift: Any) -> Any:
+        if not isinstance(drift, dict):
+            return drift
+        for name in drift:
+            if name not in DRIFT:
+                raise ValueError(
+                    f"there is no statistic '{name}'.{nearest(str(name), DRIFT)} Known: {', '.join(DRIFT)}"
+                )
+        return {**DRIFT, **drift}
+
+    def drift_of(self, name: str) -> float:
+        """The threshold of a statistic, named with or without `PREFIX`."""
+        return self.drift[name.removeprefix(PREFIX)] if isinstance(self.drift, dict) else self.drift
 
     def never_stops(self, every: int, num_steps: int) -> str | None:
         """Why `stop_on_drift` could not end a run with these evaluations; None where it could, or is not on."""
@@ -145,7 +174,7 @@ def find(
         if name in witnesses and risen and effect < -config.witness_drop and _below(change):
             reward, by = max(risen, key=lambda pair: abs(effect_size(pair[0], now, reference) or 0.0))
             found.append(Finding(kind="witness", examples=examples, reward=reward, reward_change=by, **common))  # type: ignore[arg-type]
-        if name not in witnesses and abs(effect) > config.drift and (_above(change) or _below(change)):
+        if name not in witnesses and abs(effect) > config.drift_of(name) and (_above(change) or _below(change)):
             found.append(Finding(kind="drift", examples=examples, **common))  # type: ignore[arg-type]
     return found
 
