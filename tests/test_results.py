@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import amortised
 import cells as shared
+import judged_table
+import monitor_thresholds
 import sample_efficiency
 import umo_table
 
@@ -76,6 +78,20 @@ def test_the_table_of_sample_efficiency_is_current_and_what_its_cells_say() -> N
     assert sample_efficiency.render(plans, [shared.read(plan.path) for plan in plans]) == (
         sample_efficiency.TABLE.read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("table", "seeds"),
+    [(judged_table, shared.SEEDS), (monitor_thresholds, monitor_thresholds.SETTING + monitor_thresholds.JUDGING)],
+)
+def test_committed_cells_are_current_and_the_table_is_what_they_say(table: ModuleType, seeds: tuple[int, ...]) -> None:
+    """As many as there are: none yet is as good as all of them, one of an older recipe is not."""
+    plans = [table.plan(arm, seed) for arm in table.ARMS for seed in seeds]
+    there = [plan for plan in plans if plan.path.is_file()]
+    assert [plan.path.name for plan in there if not shared.is_current(plan.path, plan.key)] == []
+    assert table.TABLE.is_file() == (len(there) == len(plans))
+    if table.TABLE.is_file():
+        assert table.render(plans, [shared.read(plan.path) for plan in plans]) == table.TABLE.read_text()
 
 
 @pytest.fixture(scope="module")
