@@ -24,7 +24,7 @@ METRICS = "metrics.jsonl"
 
 
 class WandbConfig(Settings):
-    """Where the run is shown on Weights & Biases; needs the extra `rewardgen[wandb]`."""
+    """Where the run is shown on Weights & Biases; needs the extra `wandb`."""
 
     project: str
     """Name of the project there."""
@@ -258,7 +258,7 @@ def _door(name: Literal["wandb", "tensorboard"]) -> Callable[..., Any]:
         writer: Callable[..., Any] = SummaryWriter
         return writer
     except ImportError as error:
-        fix = "pip install 'rewardgen[wandb]'" if name == "wandb" else "pip install tensorboard"
+        fix = "pip install -e '.[wandb]' in the checkout" if name == "wandb" else "pip install tensorboard"
         raise UserError(f"report.{name} is asked for, but {name} cannot be imported ({error}): {fix}") from None
 
 

@@ -117,7 +117,7 @@ def test_an_impossible_report_is_refused_before_weights_are_read(
     code, _, err = run(capsys, "train", toy, "-o", str(tmp_path / "run"), "report.wandb={project: x}")
     assert code == 2
     assert "report.wandb is asked for" in err
-    assert "pip install 'rewardgen[wandb]'" in err
+    assert "pip install -e '.[wandb]'" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -174,7 +174,7 @@ def _load(path: str, name: str | None, split: str, revision: str | None) -> Any:
     try:
         import datasets
     except ImportError:
-        raise DatasetError("Hugging Face datasets need `datasets`: pip install 'rewardgen[hub]'") from None
+        raise DatasetError("Hugging Face datasets need `datasets`: pip install -e '.[hub]' in the checkout") from None
     folder = Path(path).expanduser()
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():

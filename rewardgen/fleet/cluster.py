@@ -53,7 +53,7 @@ def load_ray() -> Any:
         import ray
     except ImportError as error:
         raise ConfigError(
-            f"fleet.pool: 'ray' needs Ray, which cannot be imported ({error}): pip install 'rewardgen[ray]'"
+            f"fleet.pool: 'ray' needs Ray, which cannot be imported ({error}): pip install -e '.[ray]' in the checkout"
         ) from None
     return ray
 

@@ -44,7 +44,7 @@ class FleetConfig(SparseSettings):
 
     pool: Literal["inline", "ray"] = "inline"
     """`inline`: in the learner's own process, sharing its policy. `ray`: by workers on a Ray cluster, each with a
-    policy of its own; needs the extra `rewardgen[ray]`."""
+    policy of its own; needs the extra `ray`."""
     staleness: int = Field(default=0, ge=0)
     """Updates by which the weights of a rollout lag behind: batch k is drawn with the weights after max(0, k - this)
     updates, always. It is also how many batches are drawn ahead while the learner works."""

@@ -88,7 +88,7 @@ def connect(address: str) -> Jobs:
     try:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
-        raise ClusterError("submitting needs Ray: pip install 'rewardgen[ray]'") from error
+        raise ClusterError("submitting needs Ray: pip install -e '.[ray]' in the checkout") from error
     _require_listener(address)
     for module in _TALKATIVE:  # what is uploaded was said already
         logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
@@ -176,7 +176,7 @@ def _explain(error: Exception, address: str, job_id: str | None) -> str | None:
             + ("" if os.environ.get("RAY_AUTH_MODE", "token") == "token" else "; and RAY_AUTH_MODE is not 'token' here")
         )
     if "require the ray[default]" in text:
-        return "submitting needs Ray with its job client: pip install 'rewardgen[ray]'"
+        return "submitting needs Ray with its job client: pip install -e '.[ray]' in the checkout"
     if job_id is not None and "404" in text and "does not exist" in text:
         return f"there is no job '{job_id}' at {address}; `rewardgen jobs` lists them"
     if "returned 404" in text or isinstance(error, KeyError):

@@ -1,4 +1,4 @@
-"""Released face detectors as ONNX files: SCRFD (insightface) and RetinaFace. Needs the extra `rewardgen[faces]`.
+"""Released face detectors as ONNX files: SCRFD (insightface) and RetinaFace. Needs the extra `faces`.
 
 Only the networks run in onnxruntime; what goes in and what is read out is here. Suffixes: P anchors of one picture,
 N faces, 4 = (x1, y1, x2, y2), 52 = five landmarks (x, y).
@@ -86,7 +86,7 @@ def open_session(path: Path) -> Session:
     except ImportError as error:
         raise ConfigError(
             f"face detector {path} needs onnxruntime, which cannot be imported ({error}):"
-            " pip install 'rewardgen[faces]'"
+            " pip install -e '.[faces]' in the checkout"
         ) from None
     try:
         session: Session = runtime.InferenceSession(str(path), providers=runtime.get_available_providers())

@@ -209,4 +209,4 @@ def _extra(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"fitting a judge needs {name}: pip install 'rewardgen[judge]' ({error})") from error
+        raise ConfigError(f"fitting a judge needs {name}: pip install -e '.[judge]' in the checkout ({error})") from error

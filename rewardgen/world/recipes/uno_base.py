@@ -4,7 +4,7 @@ It starts from the tiny base, which knows the colours of prompts. First it learn
 of one person's place alone, beside the portrait, which takes a fraction of the tokens of a picture and spends all of
 them on a face. Then come whole groups of one to six people whose targets are imperfect (`people_dataset.lookalikes`),
 as in the synthetic data of multi-reference models. Prompts say which places are taken; who stands where only the order
-of the references tells, and not always. So the model has to settle it while it draws; there people get confused.
+of the references tells, and not always. So the model has to settle it while it draws.
 
 B batch, N pictures, K people of a picture, L tokens of a target, R of a portrait, C channels, T text tokens, D and Q
 widths of the text.
