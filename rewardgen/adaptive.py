@@ -78,12 +78,12 @@ class ScoreSums:
     @classmethod
     def of(cls, score: Score) -> Self:
         """Of one batch."""
-        chosen = score.value_B.detach()[score.valid_B]
+        chosen = score.value_B.detach()[score.valid_B].double()  # a reward may score in half precision
         number = chosen.numel()
         return cls(
             count=number,
             total=float(chosen.sum()),
-            squares=float(chosen.double().square().sum()),
+            squares=float(chosen.square().sum()),
             metrics={name: (float(mean) * number, number) for name, mean in score.metrics.items()} if number else {},
             counts={name: float(value) for name, value in score.counts.items()},
         )

@@ -242,7 +242,7 @@ def evaluate_checkpoint(
     parts = assemble(experiment)
     base = _evaluate(experiment, parts, averaged=False)
     parts.learner.load_state(tensors, state.get("learner", {}))
-    comparison = _compare(parts, base, _evaluate(experiment, parts))
+    comparison = _compare(experiment, parts, base, _evaluate(experiment, parts))
     if as_json:
         print(json.dumps({"checkpoint": str(path), "comparison": comparison.to_json()}, indent=1))
     else:
@@ -289,7 +289,7 @@ def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Eva
         weights = parts.policy.save(folder / "weights")
     if not parts.learner.processes.is_first:
         return
-    comparison = _compare(parts, base, trained)
+    comparison = _compare(experiment, parts, base, trained)
     (folder / "comparison.json").write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(render_markdown(comparison), encoding="utf-8")
     console.print(render_table(comparison))
@@ -302,12 +302,14 @@ def _finish(experiment: Experiment, parts: Parts, base: Evaluation, trained: Eva
 
 
 def _evaluate(experiment: Experiment, parts: Parts, *, averaged: bool = True, monitored: bool = False) -> Evaluation:
-    held_out = (parts.held_out, parts.metrics)
+    # With a sharded model all processes draw; what the pictures are worth is asked once, also of a judge who is paid.
+    held_out = (parts.held_out, parts.metrics if parts.learner.processes.is_first else {})
     return evaluate_held_out(experiment, parts.learner, *held_out, averaged=averaged, monitored=monitored)
 
 
-def _compare(parts: Parts, base: Evaluation, trained: Evaluation) -> Comparison:
-    return compare(base, trained, ceiling=target_scores(parts.held_out, parts.metrics))
+def _compare(experiment: Experiment, parts: Parts, base: Evaluation, trained: Evaluation) -> Comparison:
+    ceiling = target_scores(parts.held_out, parts.metrics, batch_size=experiment.evaluation.batch_size)
+    return compare(base, trained, ceiling=ceiling)
 
 
 def _check_keep_best(experiment: Experiment) -> None:

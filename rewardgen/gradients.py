@@ -38,7 +38,29 @@ def differentiate(
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
         output, list(parameters), grad_outputs=grad_output, retain_graph=keep_graph, allow_unused=True
     )
-    return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, found, strict=True)]
+    return _owned([torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, found, strict=True)])
+
+
+def _owned(gradient: Gradient) -> Gradient:
+    """The same with memory of its own for each: gradients are added to in place.
+
+    Autograd hands on one tensor for two parameters that are added to each other, and an expanded one for what was
+    summed.
+    """
+    taken: dict[int, list[tuple[int, int]]] = {}
+    owned = []
+    for grad in gradient:
+        local = part(grad)
+        start, storage = local.storage_offset(), local.untyped_storage()._cdata
+        steps = [(size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True)]
+        span, others = (start, start + sum(steps) + 1), taken.setdefault(storage, [])
+        spread = any(size > 1 and not stride for size, stride in zip(local.shape, local.stride(), strict=True))
+        if spread or any(span[0] < end and begin < span[1] for begin, end in others):
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        else:
+            others.append(span)
+        owned.append(grad)
+    return owned
 
 
 class TermSums:

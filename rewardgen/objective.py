@@ -81,7 +81,7 @@ class Objective:
             raise ConfigError(f"objective.{path}: {fault}")
         self.config = config
         self.rewards = dict(rewards)
-        self._failed = {name: deque[bool](maxlen=config.failure_window) for name in rewards}
+        self._failed = {name: deque[tuple[int, int]]() for name in rewards}
         self._learned = Learned(
             {
                 name: Constraint(term.bound, ceiling=term.floor is None, config=term.multiplier, start=term.start_step)
@@ -193,18 +193,28 @@ class Objective:
         return self.config.combine == "softmin" and name in self.rewards and name not in self._learned.constraints
 
     def observe(self, name: str, valid_B: Tensor) -> None:
-        """Count failures of a reward.
+        """Count failures of a reward in a step, over all processes.
+
+        The share is that of the fewest latest steps with `failure_window` examples, each with all its samples: those of
+        one example tend to fail together, and processes must not be judged one by one.
 
         Raises:
             ScoringError: the share of failures among the latest scores is above the allowed one.
         """
-        failed = self._failed[name]
-        failed.extend((~valid_B).tolist())
+        gradient = self.config.policy_gradient
+        each = gradient.num_generations if gradient is not None and name in self.sampled else 1
+        window = self.config.failure_window * each
+        steps = self._failed[name]
+        if valid_B.numel():
+            steps.append((int((~valid_B).sum()), valid_B.numel()))
+        while sum(count for _, count in steps) - (steps[0][1] if steps else 0) >= window:
+            steps.popleft()
+        failed, seen = sum(count for count, _ in steps), sum(count for _, count in steps)
         own = self.config.rewards[name].max_failed_share
         allowed = self.config.max_failed_share if own is None else own
-        if len(failed) == failed.maxlen and sum(failed) > allowed * len(failed):
+        if seen >= window and failed > allowed * seen:
             raise ScoringError(
-                f"reward '{name}': {sum(failed)} of its last {len(failed)} scores failed or did not apply, more than"
+                f"reward '{name}': {failed} of its last {seen} scores failed or did not apply, more than"
                 f" the allowed share of {allowed:g}; check the reward and its references,"
                 f" or raise objective.rewards.{name}.max_failed_share"
             )
@@ -224,7 +234,7 @@ class Objective:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""
-        failed = {name: [int(flag) for flag in flags] for name, flags in self._failed.items()}
+        failed = {name: [list(counts) for counts in steps] for name, steps in self._failed.items()}
         return {"failed": failed} | self._learned.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -239,6 +249,6 @@ class Objective:
                 f"the checkpoint was made with the rewards {sorted(failed)}, this run has {sorted(self._failed)}"
             )
         self._learned.load_state(state)
-        for name, flags in self._failed.items():
-            flags.clear()
-            flags.extend(bool(flag) for flag in failed[name])
+        for name, steps in self._failed.items():
+            steps.clear()
+            steps.extend((int(failures), int(count)) for failures, count in failed[name])

@@ -88,7 +88,9 @@ class GrpoReplay(Replay):
             raise ValueError("a rollout without noisy steps has no likelihoods to learn from")
         self.config = config
         self.steps = trajectory.stochastic.steps
-        self.states_SBLC, self.old_BS = trajectory.steps_SBLC, trajectory.log_prob_BS
+        # What is not finite is masked with its sample; in the network or the loss 0 times it would be NaN.
+        self.states_SBLC = trajectory.steps_SBLC.nan_to_num(0.0, 0.0, 0.0)
+        self.old_BS = trajectory.log_prob_BS.nan_to_num(0.0, 0.0, 0.0)
         self.times_T = to_device(trajectory.sigmas_T, self.device)
         self.kernels = [kernel(trajectory.sigmas_T, step, trajectory.stochastic) for step in self.steps]
 
@@ -126,7 +128,8 @@ class NftReplay(Replay):
         if trajectory.entry_step != trajectory.num_steps:
             raise ValueError(f"only {trajectory.entry_step} of {trajectory.num_steps} steps are taken: no clean sample")
         self.config = config
-        self.clean_BLC = trajectory.entry_BLC
+        # As above: what is not finite is masked with its sample.
+        self.clean_BLC = trajectory.entry_BLC.nan_to_num(0.0, 0.0, 0.0)
         self._grid = grid
         self._old: dict[int, Tensor] = {}
 

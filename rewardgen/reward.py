@@ -29,6 +29,9 @@ class Reward(nn.Module, ABC):
 
     differentiable: ClassVar[bool]
     """Whether `score` carries gradient from the value back to the pixels."""
+    operational: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that say how scores are come by and not what they are, such as a server's address: a run may be resumed
+    with others."""
 
     @abstractmethod
     def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:

@@ -52,12 +52,18 @@ class ScoringWorker:
         # What a reward draws from the global generators belongs to its pictures, wherever they are scored.
         seed_globals(derive_seed("score", *rollout.trajectory.seed_B))
         pixels_B3HW = drawn_B3HW if self.device is None else drawn_B3HW.to(self.device)
+        # As in an evaluation: a reward could make a finite value of a broken picture.
+        finite_B, pixels_B3HW = torch.isfinite(pixels_B3HW).flatten(1).all(1), pixels_B3HW.nan_to_num()
         asked = [(name, self.rewards[name]) for name in (self.rewards if names is None else names)]
         begun = {name: begin_score(reward, pixels_B3HW, rollout.examples) for name, reward in asked}
         kept = dataclasses.replace(rollout, pixels_B3HW=drawn_B3HW if self.keep_pixels else None)
 
         def finish() -> Rollout:
-            scores = {name: reward.finish() for name, reward in begun.items()}
+            found = {name: reward.finish() for name, reward in begun.items()}
+            scores = {
+                name: dataclasses.replace(score, valid_B=score.valid_B & finite_B.to(score.valid_B.device))
+                for name, score in found.items()
+            }
             return dataclasses.replace(kept, scores={**kept.scores, **scores})
 
         return Begun(finish)

@@ -55,6 +55,10 @@ class VlmJudge(Reward):
     """
 
     differentiable = False
+    operational = frozenset(
+        {"urls", "key_env", "concurrency", "adaptive", "timeout_s", "max_attempts", "give_up_s", "backoff_s"}
+        | {"eject_after", "eject_s", "cache_dir"}
+    )
 
     def __init__(
         self,

@@ -9,10 +9,18 @@ from pydantic import ValidationError
 
 from rewardgen.adaptive import DECAY, Constraint, Learned, MultiplierConfig, OfBase, RunningMoments, ScoreSums
 from rewardgen.errors import CheckpointError
+from rewardgen.types import Score
 
 
 def of(*values: float) -> ScoreSums:
     return ScoreSums(count=len(values), total=math.fsum(values), squares=math.fsum(v * v for v in values))
+
+
+def test_scores_in_half_precision_are_summed_exactly() -> None:
+    value_B = (0.8 + 0.02 * torch.randn(4096, generator=torch.Generator().manual_seed(0))).bfloat16()
+    sums = ScoreSums.of(Score(value_B=value_B, valid_B=torch.ones(4096, dtype=torch.bool)))
+    assert sums.total == float(value_B.double().sum())
+    assert sums.squares == float(value_B.double().square().sum())
 
 
 def ascend(constraint: Constraint, target: float, sign: float, steps: int = 4000, rate: float = 0.02) -> float:

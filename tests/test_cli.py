@@ -13,8 +13,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from rewardgen import build, sources
+from rewardgen import build, config, run_folder, sources
 from rewardgen.cli import main
+from rewardgen.errors import ConfigError
 from rewardgen.trainer import Trainer
 from rewardgen.types import StepReport
 
@@ -107,6 +108,29 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     code, _, err = run(capsys, "train", toy, "-o", str(parts), "--resume", "optimizer.lr=1e-3")
     assert code == 2
     assert "differs in optimizer.lr" in err
+
+
+def test_a_resumed_run_may_fail_more_often_and_ask_another_server(tmp_path: Path) -> None:
+    """What the error of too many failures advises, and what happens when a judge's machine moves."""
+    grpo = ROOT / "experiments" / "uso_grpo.yaml"
+    judge = "objective.rewards.judge={use: vlm_judge, args: {question: style, urls: [http://a/v1], served_model: m}}"
+    first = config.load_experiment(grpo, overrides=[judge])
+    run_folder.open_folder(tmp_path / "run", first, resume=False)
+    allowed = ["objective.rewards.style.max_failed_share=0.9", "objective.failure_window=8"]
+    allowed += ["train.max_nonfinite_steps=9", "objective.rewards.judge.args.urls=[http://b/v1]"]
+    allowed += ["objective.rewards.judge.args.timeout_s=5"]
+    run_folder.open_folder(tmp_path / "run", config.load_experiment(grpo, overrides=[judge, *allowed]), resume=True)
+    for key in ("objective.rewards.judge.args.served_model=n", "objective.rewards.style.weight=9"):
+        changed = config.load_experiment(grpo, overrides=[judge, *allowed, key])
+        with pytest.raises(ConfigError, match=f"differs in {key.partition('=')[0]}$"):
+            run_folder.open_folder(tmp_path / "run", changed, resume=True)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_what_to_do(tmp_path: Path, toy: str) -> None:
+    experiment = config.load_experiment(Path(toy))
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ConfigError, match="all checkpoints are damaged"):
+        run_folder.open_folder(tmp_path, experiment, resume=False)
 
 
 def test_an_impossible_report_is_refused_before_weights_are_read(

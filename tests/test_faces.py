@@ -459,7 +459,7 @@ class TestOpenDetector:
     def test_without_onnxruntime_the_fix_is_named(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
         (tmp_path / "net.onnx").write_bytes(b"onnx")
-        with pytest.raises(ConfigError, match=r"pip install 'rewardgen\[faces\]'"):
+        with pytest.raises(ConfigError, match=r"pip install -e '\.\[faces\]'"):
             open_detector(str(tmp_path / "net.onnx"))
 
     def test_a_file_that_is_not_there(self):

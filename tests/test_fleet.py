@@ -521,7 +521,7 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
     from rewardgen.fleet.ray_pool import RayPool
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'rewardgen\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[ray\]'"):
         RayPool(toy_policy, FleetConfig(pool="ray"))
 
 

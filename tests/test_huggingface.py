@@ -153,5 +153,5 @@ def test_faults_are_told_in_one_line(rows: Any, tmp_path: Path, monkeypatch: pyt
         HuggingFaceDataset(str(tmp_path / "empty"))
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DatasetError, match=r"pip install 'rewardgen\[hub\]'"):
+    with pytest.raises(DatasetError, match=r"pip install -e '\.\[hub\]'"):
         HuggingFaceDataset(str(tmp_path / "empty"))

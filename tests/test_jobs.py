@@ -121,6 +121,24 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(run: Any, plan: tup
     assert out.startswith("".join(LOG) + "toy-1 has")
 
 
+def test_a_dashboard_that_is_away_for_a_moment_ends_nothing(run: Any) -> None:
+    """Ray's client raises RuntimeError for a proxy's 502."""
+
+    class Away(FakeClient):
+        asked = 0
+
+        def get_job_info(self, job_id: str) -> Any:
+            self.asked += 1
+            if self.asked in (2, 3):
+                raise RuntimeError("Request failed with status code 502: Bad Gateway.")
+            return super().get_job_info(job_id)
+
+    client = Away(1, 2, None)
+    code, out, _ = run(client, "follow", "toy-1")
+    assert (code, client.asked > 3) == (0, True)
+    assert out.startswith("".join(LOG) + "toy-1 has")
+
+
 def test_a_connection_that_is_gone_is_given_up(run: Any) -> None:
     code, out, err = run(FakeClient(*[RuntimeError("closed")] * 20), "follow", "toy-1")
     assert code == 2
@@ -261,7 +279,7 @@ def test_a_server_that_answers_gives_a_client(job_server: Any) -> None:
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray.job_submission", None)
-    with pytest.raises(ClusterError, match=r"pip install 'rewardgen\[ray\]'"):
+    with pytest.raises(ClusterError, match=r"pip install -e '\.\[ray\]'"):
         server.connect(ADDRESS)
 
 

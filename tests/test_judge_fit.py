@@ -149,7 +149,7 @@ class TestFit:
 
         monkeypatch.setattr(importlib, "import_module", missing)
         judge: Any = SimpleNamespace(question=load_question("style"))
-        with pytest.raises(ConfigError, match=r"pip install 'rewardgen\[judge\]'"):
+        with pytest.raises(ConfigError, match=r"pip install -e '\.\[judge\]'"):
             fit(judge, [example("b", 0.1, "no")], tmp_path, FitConfig())
 
 

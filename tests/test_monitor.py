@@ -184,6 +184,46 @@ def test_a_resumed_run_forgets_what_comes_again(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / FILE).read_text())["evaluations"]) == ["0", "5"]
 
 
+def test_a_resumed_run_does_not_say_again_what_was_said(tmp_path: Path) -> None:
+    """Or it would be stopped (`stop_on_drift`) at each evaluation, and never get further."""
+    drifted, examples = evaluation(statistic_sharpness=1.5), [Example(id=name) for name in CONTROL.example_ids]
+    first = Monitor(MonitorConfig(), tmp_path, rewards=[], witnesses=[])
+    first.begin(CONTROL)
+    assert first.check(5, drifted, examples)
+    second = Monitor(MonitorConfig(), tmp_path, rewards=[], witnesses=[])
+    second.begin(CONTROL, 5)
+    assert second.check(10, drifted, examples) == []
+    earlier = Monitor(MonitorConfig(), tmp_path, rewards=[], witnesses=[])
+    earlier.begin(CONTROL, 4)
+    assert earlier.check(5, drifted, examples), "the step that said it comes again"
+
+
+def test_a_control_of_other_examples_is_refused_before_training(tmp_path: Path) -> None:
+    control = Monitor(MonitorConfig(), made(tmp_path / "control"), rewards=[], witnesses=[])
+    control.begin(Evaluation(example_ids=("x",), scores={}))
+    config = MonitorConfig(control=str(tmp_path / "control"))
+    run = Monitor(config, made(tmp_path / "run"), rewards=[], witnesses=[])
+    with pytest.raises(UserError, match="other examples"):
+        run.begin(CONTROL)
+
+
+def test_an_infinite_effect_is_written_as_json_knows_numbers(tmp_path: Path) -> None:
+    def flat(value: float) -> Evaluation:
+        scores = {
+            name: Score(value_B=torch.full((4,), v, dtype=torch.float64), valid_B=torch.ones(4, dtype=torch.bool))
+            for name, v in (("style", -value), ("layout", value))
+        }
+        # Rises that are all alike are certain.
+        return Evaluation(example_ids=("a", "b", "c", "d"), scores=scores)
+
+    run = Monitor(MonitorConfig(), tmp_path, rewards=["style"], witnesses=["layout"])
+    run.begin(flat(0.0))
+    (finding,) = run.check(5, flat(-1.0), [])
+    assert finding.effect == -math.inf
+    (path,) = (tmp_path / "monitor").glob("*.json")
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["effect"] is None
+
+
 def test_a_control_that_is_none_is_refused(tmp_path: Path) -> None:
     config = MonitorConfig(control=str(tmp_path))
     with pytest.raises(ConfigError, match=r"monitor\.control: .*all reward weights 0"):

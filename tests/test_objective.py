@@ -103,7 +103,7 @@ def test_too_many_failures_stop_the_run() -> None:
     objective = Objective(config(failure_window=8), {"style": ToyReward()})
     for _ in range(20):
         objective.observe("style", torch.tensor([True, False]))
-    with pytest.raises(ScoringError, match="reward 'style': 6 of its last 8 scores"):
+    with pytest.raises(ScoringError, match="reward 'style': 6 of its last 9 scores"):
         objective.observe("style", torch.tensor([False, False, False]))
 
 
@@ -114,6 +114,30 @@ def test_few_scores_are_no_verdict_and_a_term_may_have_its_own_limit() -> None:
         objective.observe("style", torch.zeros(1, dtype=torch.bool))
     lenient = config(rewards={"style": {"use": "toy", "max_failed_share": 1.0}}, failure_window=2)
     Objective(lenient, {"style": ToyReward()}).observe("style", torch.zeros(9, dtype=torch.bool))
+
+
+def test_a_step_is_judged_whole_however_many_processes_it_has() -> None:
+    """The last process's failures alone are no more than the others'."""
+    objective = Objective(config(failure_window=8), {"style": ToyReward()})
+    step = torch.ones(64, dtype=torch.bool)
+    step[-8:] = False
+    for _ in range(5):
+        objective.observe("style", step)
+    with pytest.raises(ScoringError, match="56 of its last 64 scores"):
+        objective.observe("style", ~step)
+
+
+def test_samples_of_one_example_that_fail_together_count_as_one_example() -> None:
+    class Judge(ToyReward):
+        differentiable = False
+
+    settings = config(failure_window=4, policy_gradient={"kind": "grpo", "num_generations": 8})
+    objective = Objective(settings, {"style": Judge()})
+    for example in range(40):  # every third cannot be scored: a window of examples, not of samples
+        objective.observe("style", torch.tensor([example % 3 > 0]).repeat(8))
+    objective.observe("style", torch.zeros(8, dtype=torch.bool))
+    with pytest.raises(ScoringError, match="24 of its last 32"):
+        objective.observe("style", torch.zeros(8, dtype=torch.bool))
 
 
 def test_failures_are_remembered_over_a_resume() -> None:

@@ -128,7 +128,7 @@ def test_the_best_split_is_that_of_brute_force(
     work: Work, costs: Costs, gpus: int, staleness: int, colocated: bool
 ) -> None:
     assume(work.requests)
-    judged = bool(work.judged and costs.judge_seconds)
+    judged = bool(work.judged and costs.judge_seconds) and not colocated
     ways = list(splits(work, gpus, staleness, colocated=colocated, judged=judged))
     found = best(work, costs, gpus, staleness, colocated=colocated)
     if not ways:
@@ -138,6 +138,18 @@ def test_the_best_split_is_that_of_brute_force(
     assert found.split.gpus <= gpus
     fastest = min(seconds(work, way, staleness, costs) for way in ways)
     assert found.seconds_per_step <= fastest / plan._ENOUGH**2
+
+
+def test_only_splits_are_offered_that_the_fleet_takes() -> None:
+    """A learner that draws its own samples scores them too, and several learners draw theirs."""
+    work, costs = Work(micro_batches=4, samples=8), Costs(rollout_seconds=10.0, judge_seconds=10.0, learner_seconds=4.0)
+    together, apart = (best(work, costs, 8, 0, colocated=colocated) for colocated in (True, False))
+    assert together is not None
+    assert together.split == Split(learners=4)
+    assert apart is not None
+    assert apart.split.learners == 1
+    assert apart.split.judges > 0
+    assert f"fleet.judges.workers={apart.split.judges}" in command._overrides(apart, work)
 
 
 def test_gpus_without_work_are_left_out_and_many_take_no_time() -> None:
@@ -195,6 +207,10 @@ def test_costs_of_a_run_are_medians_of_its_steps_that_drew(tmp_path: Path) -> No
     figures = {"fleet/busy_share": 0.75, "fleet/requests_per_worker_second": 0.25}
     path.write_text("\n".join([lines[1], line(2, 0.01, metrics=figures)]))
     assert measured(path, work, remote=True).rollout_seconds == pytest.approx(3.0), "not how long the learner waited"
+    assert measured(path, work, remote=True).judge_seconds == 0.0
+    figures |= {"judges/busy_share": 1.0, "judges/requests_per_worker_second": 0.125}
+    path.write_text("\n".join([lines[1], line(2, 0.01, metrics=figures)]))
+    assert measured(path, work, remote=True).judge_seconds == pytest.approx(8.0)
     path.write_text(lines[0])
     with pytest.raises(ConfigError, match="no step of the run drew"):
         measured(path, work, remote=False)

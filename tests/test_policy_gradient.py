@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from rewardgen.samples import sample_requests, submit_samples
 from rewardgen.scoring import ScoringWorker
 from rewardgen.seeds import derive_seed
 from rewardgen.trainer import TrainConfig, Trainer
-from rewardgen.types import Example, Rollout, StepReport
+from rewardgen.types import Example, Rollout, Score, StepReport
 from tests.test_uso_policy import make_parts, make_projector
 from tests.toys import IMAGE_SIZE, ToyDataset, ToyJudge, ToyPolicy, ToyReward
 
@@ -243,6 +244,52 @@ def test_nfts_gradient_is_that_of_the_loss_written_out(applied: list[list[Tensor
     assert report.metrics["policy_gradient/kl"] == 0, "the base is what it starts from"
     for found, wanted in zip(applied[0], expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+
+
+@BOTH
+def test_a_sample_that_is_not_finite_spoils_no_other(settings: dict[str, Any], applied: list[list[Tensor]]) -> None:
+    """Masked, it changes the step by nothing: 0 times it would be NaN, and the whole step lost."""
+
+    def step(spoil: bool) -> None:
+        learner = make(settings)
+        (batch,) = micro_batches(learner)
+        samples = []
+        for rollout in batch.samples:
+            score, path = rollout.scores["judge"], rollout.trajectory
+            valid_B = score.valid_B.clone()
+            valid_B[1] = False
+            entry, steps, log_prob = (None if t is None else t.clone() for t in (
+                path.entry_BLC, path.steps_SBLC, path.log_prob_BS
+            ))  # fmt: skip
+            if spoil:
+                entry[1] = torch.nan  # type: ignore[index]
+                if steps is not None and log_prob is not None:
+                    steps[:, 1], log_prob[1] = torch.inf, torch.nan
+            spoilt = replace(path, entry_BLC=entry, steps_SBLC=steps, log_prob_BS=log_prob)  # type: ignore[arg-type]
+            samples.append(replace(rollout, trajectory=spoilt, scores={"judge": replace(score, valid_B=valid_B)}))
+        assert not learner.step([replace(batch, samples=samples)], step=0).skipped
+
+    step(spoil=False)
+    step(spoil=True)
+    for clean, spoilt in zip(*applied, strict=True):
+        assert torch.equal(clean, spoilt)
+
+
+def test_a_picture_that_is_not_finite_has_no_valid_score() -> None:
+    """Here dark is good, and no comparison with NaN is true: it would be the best of all."""
+
+    class Darkness(ToyJudge):
+        def score(self, pixels_B3HW: Tensor, examples: Sequence[Example]) -> Score:
+            value_B = 1.0 - (pixels_B3HW > 0.5).flatten(1).float().mean(1)
+            return Score(value_B=value_B, valid_B=torch.ones(len(examples), dtype=torch.bool))
+
+    learner = make(GRPO, {"judge": Darkness()})
+    rollout = drawn(learner, list(enumerate(EXAMPLES)))[0]
+    pixels = torch.rand(4, 3, 8, 8)
+    pixels[2, 0, 0, 0] = torch.nan
+    again = replace(rollout, pixels_B3HW=pixels, scores={})
+    found = ScoringWorker(learner.objective.sampled).score(again).scores["judge"]
+    assert found.valid_B.tolist() == [True, True, False, True]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -187,7 +187,7 @@ def test_wandb_gets_the_numbers_and_a_resumed_run_goes_on(tmp_path: Path, monkey
 def test_what_is_not_installed_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = ReportConfig(wandb=WandbConfig(project="p"))
-    with pytest.raises(UserError, match=r"report\.wandb is asked for.*pip install 'rewardgen\[wandb\]'"):
+    with pytest.raises(UserError, match=r"report\.wandb is asked for.*pip install -e '\.\[wandb\]'"):
         Reporter(tmp_path, config, num_steps=1)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"report\.tensorboard is asked for.*pip install tensorboard"):

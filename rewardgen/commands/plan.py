@@ -110,6 +110,7 @@ def _overrides(forecast: Forecast, work: Work) -> list[str]:
     placement = "disaggregated" if split.workers else "colocated"
     keys = ["fleet=ray", f"fleet.placement={placement}", f"fleet.learners={split.learners}"]
     keys += [f"fleet.workers={split.workers}", f"fleet.staleness={forecast.staleness}"] if split.workers else []
+    keys += [f"fleet.judges.workers={split.judges}"] if split.judges else []
     return [*keys, accumulation]
 
 

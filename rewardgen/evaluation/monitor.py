@@ -161,8 +161,7 @@ def find(
     Raises:
         UserError: the evaluations are of different examples.
     """
-    if now.example_ids != reference.example_ids:
-        raise UserError("the monitor's control was evaluated on other examples; evaluate both runs alike")
+    _check_alike(reference, now)
     risen = [(name, change) for name in rewards if (change := _change(name, now, reference, config)) and _above(change)]
     found = []
     for name in (*witnesses, *(name for name in now.scores if name.startswith(PREFIX))):
@@ -226,10 +225,20 @@ class Monitor:
             self._evaluations = read(folder / FILE, "the run's own record")
 
     def begin(self, start: Evaluation, first_step: int = 0) -> None:
-        """Note the evaluation before training; those of a former run after `first_step` steps are forgotten."""
+        """Note the evaluation before training; those of a former run after `first_step` steps are forgotten.
+
+        What was found in the others was said then, and is not said again.
+
+        Raises:
+            UserError: the control was evaluated on other examples: said now, and not when training is over.
+        """
         self._start = start
         self._evaluations = {step: found for step, found in self._evaluations.items() if 0 < step <= first_step}
+        for control in self._control.values():
+            _check_alike(control, start)
         self._note(0, start)
+        said = [finding for step, now in sorted(self._evaluations.items()) if step for finding in self._find(step, now)]
+        self._said |= {(finding.kind, finding.name) for finding in said}
 
     def check(self, step: int, now: Evaluation, examples: Sequence[Example]) -> list[Finding]:
         """Note an evaluation and compare it with the control's of the same or the latest earlier step.
@@ -242,6 +251,13 @@ class Monitor:
             UserError: the control was evaluated on other examples.
         """
         self._note(step, now)
+        new = [finding for finding in self._find(step, now) if (finding.kind, finding.name) not in self._said]
+        self._said |= {(finding.kind, finding.name) for finding in new}
+        for finding in new:
+            self._show(finding, now, examples)
+        return new
+
+    def _find(self, step: int, now: Evaluation) -> list[Finding]:
         earlier = self._controls(step)
         against: Literal["control", "start"] = "control" if earlier else "start"
         reference = self._control[max(earlier)] if earlier else self._start
@@ -249,13 +265,9 @@ class Monitor:
             return []
         parts = {"rewards": self.rewards, "witnesses": self.witnesses}
         found = find(step, now, reference, config=self.config, against=against, **parts)
-        if self.config.control is not None:
-            found = [dataclasses.replace(finding, no_control=_too_late(step)) for finding in found]
-        new = [finding for finding in found if (finding.kind, finding.name) not in self._said]
-        self._said |= {(finding.kind, finding.name) for finding in new}
-        for finding in new:
-            self._show(finding, now, examples)
-        return new
+        if self.config.control is None:
+            return found
+        return [dataclasses.replace(finding, no_control=_too_late(step)) for finding in found]
 
     def remark(self, step: int) -> str | None:
         """What is to be said once of a control that cannot serve as one at a step; None where there is nothing."""
@@ -282,7 +294,10 @@ class Monitor:
         folder = self.folder / "monitor"
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{finding.step:06d}-{finding.name.removeprefix(PREFIX)}.json"
-        path.write_text(json.dumps(asdict(finding) | {"said": str(finding)}, indent=1) + "\n", encoding="utf-8")
+        # An effect on what did not vary is infinite, which JSON has no number for.
+        effect = finding.effect if math.isfinite(finding.effect) else None
+        told = asdict(finding) | {"effect": effect, "said": str(finding)}
+        path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         start = self._start
         if start is not None and start.pixels_K3HW is not None and now.pixels_K3HW is not None:
             kept = set(now.example_ids[: min(len(start.pixels_K3HW), len(now.pixels_K3HW))])
@@ -325,6 +340,11 @@ def read(path: Path, what: str) -> dict[int, Evaluation]:
         ) from None
     except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{what}: {path} is no record of a monitor: {type(error).__name__}: {error}") from None
+
+
+def _check_alike(control: Evaluation, own: Evaluation) -> None:
+    if control.example_ids != own.example_ids:
+        raise UserError("the monitor's control was evaluated on other examples; evaluate both runs alike")
 
 
 def _too_late(step: int) -> str:

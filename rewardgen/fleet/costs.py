@@ -108,6 +108,7 @@ def measured(metrics: Path, work: Work, *, remote: bool) -> Costs:
     drawing = _worker_seconds(metrics, steps) if remote else median({"rollout"}) / work.requests
     return Costs(
         rollout_seconds=drawing,
+        judge_seconds=_judge_seconds(steps),
         learner_seconds=median(learning) / work.micro_batches,
         fixed_seconds=median(_ONCE),
         weights_seconds=median({"weights"}),
@@ -116,15 +117,25 @@ def measured(metrics: Path, work: Work, *, remote: bool) -> Costs:
 
 def _worker_seconds(metrics: Path, steps: Sequence[Mapping[str, Any]]) -> float:
     """How long a worker is busy with a request."""
-    figures = [step.get("metrics", {}) for step in steps]
-    found = [
-        figure["fleet/busy_share"] / figure["fleet/requests_per_worker_second"]
-        for figure in figures
-        if figure.get("fleet/requests_per_worker_second")
-    ]
+    found = _busy_seconds("fleet", steps)
     if not found:
         raise ConfigError(f"{metrics}: the run drew on workers, but its steps do not say how busy they were")
     return float(statistics.median(found))
+
+
+def _judge_seconds(steps: Sequence[Mapping[str, Any]]) -> float:
+    """How long a judge of the fleet is busy with a request; 0 where there is none, and whoever draws scores."""
+    found = _busy_seconds("judges", steps)
+    return float(statistics.median(found)) if found else 0.0
+
+
+def _busy_seconds(pool: str, steps: Sequence[Mapping[str, Any]]) -> list[float]:
+    figures = [step.get("metrics", {}) for step in steps]
+    return [
+        figure[f"{pool}/busy_share"] / figure[f"{pool}/requests_per_worker_second"]
+        for figure in figures
+        if figure.get(f"{pool}/requests_per_worker_second")
+    ]
 
 
 def _steps(metrics: Path) -> list[dict[str, Any]]:

@@ -112,6 +112,8 @@ def splits(work: Work, gpus: int, staleness: int, *, colocated: bool, judged: bo
     """All ways to use at most so many GPUs in which none is without work and learners have equally much of it."""
     on_their_way = 1 + staleness
     for learners in (number for number in range(1, gpus + 1) if work.micro_batches % number == 0):
+        if work.samples and not colocated and learners > 1:  # several learners score their own samples
+            break
         for judges in range(1, gpus - learners + 1) if judged else (0,):
             if judges > work.judged * on_their_way:
                 break
@@ -132,10 +134,9 @@ def best(work: Work, costs: Costs, gpus: int, staleness: int, *, colocated: bool
         staleness: as in `FleetConfig`.
         colocated: each learner draws for itself, or else there are workers.
     """
-    judged = bool(work.judged and costs.judge_seconds)
+    # A learner that draws its own samples scores them too.
+    judged = bool(work.judged and costs.judge_seconds) and not colocated
     ways = list(splits(work, gpus, staleness, colocated=colocated, judged=judged))
-    if judged and colocated:
-        ways += splits(work, gpus, staleness, colocated=True, judged=False)
     ranked = sorted((round(bound(work, costs, way, staleness), 9), way.gpus, index) for index, way in enumerate(ways))
     found: Forecast | None = None
     for low, _, index in ranked[:_MOST_SIMULATED]:

@@ -119,7 +119,7 @@ def follow(client: Jobs, job_id: str, log: Log) -> str:
             failure = error
         try:
             now = status(client, job_id)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # Ray's client raises the latter for a proxy's 502
             failure = error
         else:
             if failure is None and now in ENDED:

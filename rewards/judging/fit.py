@@ -209,4 +209,5 @@ def _extra(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"fitting a judge needs {name}: pip install -e '.[judge]' in the checkout ({error})") from error
+        fix = "pip install -e '.[judge]' in the checkout"
+        raise ConfigError(f"fitting a judge needs {name} ({error}): {fix}") from error

@@ -227,12 +227,12 @@ class JudgeService:
 
     def _wait(self, error: CallError, charged: int, limited: int) -> float:
         """Seconds until the next try: twice as long each time, at random, so that callers do not come back at once."""
-        asked_s: float | None = error.retry_after_s
-        if asked_s is not None:
-            return asked_s * (1 + 0.25 * self._random.random())
         tries = limited if error.kind == "rate_limited" else charged
         longest = min(_LONGEST_WAIT_S, self.config.backoff_s * float(2 ** min(tries - 1, 16)))
-        return longest * (0.5 + 0.5 * self._random.random())
+        own_s = longest * (0.5 + 0.5 * self._random.random())
+        if not error.retry_after_s:  # a server that says 0, or a time that is past by our clock, says nothing
+            return own_s
+        return float(error.retry_after_s) * (1 + 0.25 * self._random.random())
 
     def _body(self, question: Question, parts: Sequence[str | Picture]) -> dict[str, Any]:
         """The request, without log-probabilities."""

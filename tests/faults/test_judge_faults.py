@@ -137,6 +137,19 @@ def test_all_faults_at_once(undisturbed: Tensor) -> None:
     assert {name: found.counts[name] for name in injected} == injected
 
 
+@pytest.mark.parametrize("asked_for", ["0", "Sun, 06 Nov 1994 08:49:37 GMT"])
+def test_a_server_that_asks_for_no_wait_is_not_besieged(asked_for: str) -> None:
+    """Or a clock that is some seconds off, and dates with it, would switch all backing off off."""
+    with JudgeServer(plan=lambda _code, _before: "429") as server:
+        server.retry_after = asked_for
+        reward = judge(server, backoff_s=0.4, give_up_s=1.5, concurrency=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RewardWarning)
+            found = score(reward, PIXELS[:4], EXAMPLES[:4], enable_grad=False)
+    assert not found.valid_B.any()
+    assert sum(server.calls.values()) < 40, "four questions that back off, not hundreds of calls"
+
+
 def test_a_judge_that_is_gone_says_so() -> None:
     server = JudgeServer()
     with server:
