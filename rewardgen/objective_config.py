@@ -90,7 +90,8 @@ class ObjectiveConfig(SparseSettings):
     max_failed_share: float = Field(default=0.5, ge=0, le=1)
     """The run stops when more than this share of a reward's latest scores failed or did not apply."""
     failure_window: int = Field(default=64, ge=1)
-    """How many of the latest scores the share is taken over; nothing is judged before there are as many."""
+    """How many of the latest examples the share is taken over, in whole steps; of a reward that is learned from samples
+    all of an example's count. Nothing is judged before there are as many."""
     combine: Literal["sum", "softmin"] = "sum"
     """`softmin` raises mostly the lowest of a sample's weighted rewards; their scales must match, so normalise them."""
     temperature: float | None = Field(default=None, gt=0)
