@@ -51,9 +51,8 @@ CONTROL = evaluation(style=0, layout=0, statistic_sharpness=0)
 
 
 def found(config: MonitorConfig | None = None, **shifts: float) -> list[Finding]:
-    return find(
-        7, evaluation(**shifts), CONTROL, rewards=["style"], witnesses=["layout"], config=config or MonitorConfig()
-    )
+    config = config or MonitorConfig(drift=1.0, witness_drop=0.5)
+    return find(7, evaluation(**shifts), CONTROL, rewards=["style"], witnesses=["layout"], config=config)
 
 
 def test_effects_are_in_standard_deviations_of_the_control() -> None:

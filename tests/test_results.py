@@ -19,6 +19,8 @@ import monitor_thresholds
 import sample_efficiency
 import umo_table
 
+from rewardgen.evaluation.monitor import DRIFT, MonitorConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 WORLD = ROOT / "rewardgen" / "world" / "assets" / "world.json"
@@ -92,6 +94,14 @@ def test_committed_cells_are_current_and_the_table_is_what_they_say(table: Modul
     assert table.TABLE.is_file() == (len(there) == len(plans))
     if table.TABLE.is_file():
         assert table.render(plans, [shared.read(plan.path) for plan in plans]) == table.TABLE.read_text()
+
+
+def test_the_monitor_s_thresholds_are_those_of_the_setting_seeds() -> None:
+    benchmark = monitor_thresholds
+    plans = [benchmark.plan(benchmark.HONEST, seed) for seed in benchmark.SETTING]
+    limits = benchmark.thresholds([shared.read(plan.path) for plan in plans])
+    assert MonitorConfig().witness_drop == round(limits.pop(benchmark.WITNESS), 2)
+    assert dict(DRIFT) == {name: round(limit, 2) for name, limit in limits.items()}
 
 
 @pytest.fixture(scope="module")
