@@ -51,14 +51,15 @@ def _owned(gradient: Gradient) -> Gradient:
     owned = []
     for grad in gradient:
         local = part(grad)
-        start, storage = local.storage_offset(), local.untyped_storage()._cdata
-        steps = [(size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True)]
-        span, others = (start, start + sum(steps) + 1), taken.setdefault(storage, [])
-        spread = any(size > 1 and not stride for size, stride in zip(local.shape, local.stride(), strict=True))
-        if spread or any(span[0] < end and begin < span[1] for begin, end in others):
+        sizes = list(zip(local.shape, local.stride(), strict=True))
+        start = int(local.storage_offset())
+        end = start + 1 + sum((size - 1) * stride for size, stride in sizes)
+        others = taken.setdefault(local.untyped_storage()._cdata, [])
+        expanded = any(size > 1 and not stride for size, stride in sizes)
+        if expanded or any(start < their_end and their_start < end for their_start, their_end in others):
             grad = grad.clone(memory_format=torch.contiguous_format)
         else:
-            others.append(span)
+            others.append((start, end))
         owned.append(grad)
     return owned
 
