@@ -128,7 +128,7 @@ def run_cell(cell: Plan, runs: Path) -> None:
 def findings(
     experiment: Experiment, seen: Mapping[int, Evaluation], control: Mapping[int, Evaluation]
 ) -> list[Finding]:
-    """All that the monitor could warn of in a run, whatever the thresholds."""
+    """All that the monitor could warn of in a run, whatever the thresholds; the control knows no game's reward."""
     terms = experiment.objective.rewards.items()
     rewards = [name for name, term in terms if term.weight and term.bound is None]
     witnesses = list(experiment.evaluation.witnesses)
@@ -136,7 +136,9 @@ def findings(
         finding
         for step, now in sorted(seen.items())
         if step and step in control
-        for finding in find(step, now, control[step], rewards=rewards, witnesses=witnesses, config=ALL)
+        for finding in find(
+            step, now, control[step], rewards=rewards, witnesses=witnesses, config=ALL, start=seen.get(0)
+        )
     ]
 
 

@@ -57,6 +57,10 @@ class Replay(ABC):
         self.seen: defaultdict[str, list[Tensor]] = defaultdict(list)
         """Sums over the samples taking part, at each place since it was last cleared; they stay on the device."""
 
+    def usable(self, found: Tensor) -> Tensor:
+        """What is not finite belongs to samples that do not take part; in the network 0 times it would be NaN."""
+        return found if self.count == len(self.rollout.group_B) else found.nan_to_num(0.0, 0.0, 0.0)
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of places."""
@@ -88,9 +92,8 @@ class GrpoReplay(Replay):
             raise ValueError("a rollout without noisy steps has no likelihoods to learn from")
         self.config = config
         self.steps = trajectory.stochastic.steps
-        # What is not finite is masked with its sample; in the network or the loss 0 times it would be NaN.
-        self.states_SBLC = trajectory.steps_SBLC.nan_to_num(0.0, 0.0, 0.0)
-        self.old_BS = trajectory.log_prob_BS.nan_to_num(0.0, 0.0, 0.0)
+        self.states_SBLC = self.usable(trajectory.steps_SBLC)
+        self.old_BS = self.usable(trajectory.log_prob_BS)
         self.times_T = to_device(trajectory.sigmas_T, self.device)
         self.kernels = [kernel(trajectory.sigmas_T, step, trajectory.stochastic) for step in self.steps]
 
@@ -128,8 +131,7 @@ class NftReplay(Replay):
         if trajectory.entry_step != trajectory.num_steps:
             raise ValueError(f"only {trajectory.entry_step} of {trajectory.num_steps} steps are taken: no clean sample")
         self.config = config
-        # As above: what is not finite is masked with its sample.
-        self.clean_BLC = trajectory.entry_BLC.nan_to_num(0.0, 0.0, 0.0)
+        self.clean_BLC = self.usable(trajectory.entry_BLC)
         self._grid = grid
         self._old: dict[int, Tensor] = {}
 

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from rewardgen.errors import ScoringError
 from rewardgen.reward import Reward, begin_score
 from rewardgen.seeds import derive_seed, seed_globals
-from rewardgen.types import Begun, Rollout
+from rewardgen.types import Begun, Rollout, Score
 
 
 class ScoringWorker:
@@ -52,18 +53,14 @@ class ScoringWorker:
         # What a reward draws from the global generators belongs to its pictures, wherever they are scored.
         seed_globals(derive_seed("score", *rollout.trajectory.seed_B))
         pixels_B3HW = drawn_B3HW if self.device is None else drawn_B3HW.to(self.device)
-        # As in an evaluation: a reward could make a finite value of a broken picture.
-        finite_B, pixels_B3HW = torch.isfinite(pixels_B3HW).flatten(1).all(1), pixels_B3HW.nan_to_num()
+        finite_B = pixels_B3HW.flatten(1).sum(1, dtype=torch.float32).isfinite()
         asked = [(name, self.rewards[name]) for name in (self.rewards if names is None else names)]
         begun = {name: begin_score(reward, pixels_B3HW, rollout.examples) for name, reward in asked}
         kept = dataclasses.replace(rollout, pixels_B3HW=drawn_B3HW if self.keep_pixels else None)
 
         def finish() -> Rollout:
             found = {name: reward.finish() for name, reward in begun.items()}
-            scores = {
-                name: dataclasses.replace(score, valid_B=score.valid_B & finite_B.to(score.valid_B.device))
-                for name, score in found.items()
-            }
+            scores = {name: _valid_where(finite_B, score) for name, score in found.items()}
             return dataclasses.replace(kept, scores={**kept.scores, **scores})
 
         return Begun(finish)
@@ -72,3 +69,11 @@ class ScoringWorker:
         """Nobody waits any more for what was begun."""
         for reward in self.rewards.values():
             reward.give_up()
+
+
+def _valid_where(finite_B: Tensor, score: Score) -> Score:
+    """A reward could make a finite value of a broken picture; it is not valid.
+
+    Waits for the pictures' device where the score lies on another: whoever brought it there has waited already.
+    """
+    return dataclasses.replace(score, valid_B=score.valid_B & finite_B.to(score.valid_B.device))

@@ -268,7 +268,7 @@ def broken_target(processes: Processes, folder: Path, strategy: Strategy) -> dic
 
 def often_failing_reward(processes: Processes, folder: Path, strategy: Strategy) -> dict[str, Any]:
     rewards = {"style": ToyReward(fail_ids=["toy-000", "toy-002", "toy-005"])}
-    trainer, reports = make(folder, processes, strategy, rewards=rewards, objective={"max_failed_share": 0.5})
+    trainer, reports = make(folder, processes, strategy, rewards=rewards, objective={"max_failed_share": 0.3})
     return failing(trainer) | {"reports": kept(trainer, reports)["reports"]}
 
 

@@ -115,6 +115,15 @@ def test_each_statistic_has_a_threshold_and_may_be_given_another() -> None:
             MonitorConfig(drift=wrong)  # type: ignore[arg-type]
 
 
+def test_a_reward_that_the_control_does_not_know_is_compared_with_the_start() -> None:
+    now, start = evaluation(game=0.9, layout=-0.8), evaluation(game=0.0, layout=0.0)
+    config = MonitorConfig()
+    both = {"rewards": ["game"], "witnesses": ["layout"], "config": config}
+    assert find(7, now, CONTROL, **both) == []  # type: ignore[arg-type]
+    (finding,) = find(7, now, CONTROL, start=start, **both)  # type: ignore[arg-type]
+    assert (finding.kind, finding.name, finding.reward) == ("witness", "layout", "game")
+
+
 def test_a_change_within_chance_is_not_flagged() -> None:
     """A large mean change that two examples make alone: its interval holds 0."""
     wild = torch.zeros(N, dtype=torch.float64)

@@ -130,7 +130,7 @@ def test_a_launcher_and_a_folder_that_holds_another_run_are_refused_before_ray_i
     monkeypatch.setattr(learners.cluster, "connect", lambda address: pytest.fail("Ray was asked"))
     placed = experiment(tmp_path, *TWO)
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="choose another --output"):
         build.train(placed, folder=tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):

@@ -147,6 +147,7 @@ def find(
     witnesses: Collection[str],
     config: MonitorConfig,
     against: Literal["control", "start"] = "control",
+    start: Evaluation | None = None,
 ) -> list[Finding]:
     """Compare an evaluation with that of the control; pure.
 
@@ -158,12 +159,16 @@ def find(
         witnesses: names of what is not.
         config: thresholds.
         against: what the reference is, for the message.
+        start: the run's own start; a reward that the reference does not know is compared with it.
 
     Raises:
         UserError: the evaluations are of different examples.
     """
     _check_alike(reference, now)
-    risen = [(name, change) for name in rewards if (change := _change(name, now, reference, config)) and _above(change)]
+    knows = {name: reference if name in reference.scores or start is None else start for name in rewards}
+    risen = [
+        (name, change) for name in rewards if (change := _change(name, now, knows[name], config)) and _above(change)
+    ]
     found = []
     for name in (*witnesses, *(name for name in now.scores if name.startswith(PREFIX))):
         change, effect = _change(name, now, reference, config), effect_size(name, now, reference)
@@ -172,7 +177,7 @@ def find(
         common = {"step": step, "name": name, "effect": effect, "change": change, "against": against}
         examples = _moved(name, now, reference, up=effect > 0)
         if name in witnesses and risen and effect < -config.witness_drop and _below(change):
-            reward, by = max(risen, key=lambda pair: abs(effect_size(pair[0], now, reference) or 0.0))
+            reward, by = max(risen, key=lambda pair: abs(effect_size(pair[0], now, knows[pair[0]]) or 0.0))
             found.append(Finding(kind="witness", examples=examples, reward=reward, reward_change=by, **common))  # type: ignore[arg-type]
         if name not in witnesses and abs(effect) > config.drift_of(name) and (_above(change) or _below(change)):
             found.append(Finding(kind="drift", examples=examples, **common))  # type: ignore[arg-type]
@@ -265,7 +270,7 @@ class Monitor:
         if reference is None:
             return []
         parts = {"rewards": self.rewards, "witnesses": self.witnesses}
-        found = find(step, now, reference, config=self.config, against=against, **parts)
+        found = find(step, now, reference, config=self.config, against=against, start=self._start, **parts)
         if self.config.control is None:
             return found
         return [dataclasses.replace(finding, no_control=_too_late(step)) for finding in found]
