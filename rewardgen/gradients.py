@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rewardgen.adaptive import ScoreSums
 from rewardgen.distributed import Processes
+from rewardgen.seeds import derive_seed
 from rewardgen.sharding import is_shard, part
 from rewardgen.transfer import numbers, score_on_host
 from rewardgen.types import Score
@@ -162,6 +163,41 @@ def weighted_sum(gradients: Mapping[str, Gradient], coefficients: Mapping[str, f
         for partial, grad in zip(total, gradient, strict=True):
             partial.add_(grad, alpha=coefficients[name])
     return total
+
+
+def projected(
+    gradients: Mapping[str, Gradient],
+    coefficients: Mapping[str, float],
+    seed: int,
+    complete: Complete | None = None,
+) -> dict[str, float]:
+    """Coefficients with which terms no longer pull against each other: PCGrad (arXiv 2001.06782, algorithm 1).
+
+    Of each term's part `g_i = c_i grad S_i`, for every other `g_j` in turn, the component against `g_j` is taken off
+    where there is one. All of that happens in the space that the parts span, so that their products are all it needs:
+    no gradient is copied, and the result is again a weighted sum. Waits for the device once.
+
+    Args:
+        gradients: of each term's sum.
+        coefficients: what each counts with.
+        seed: of the order in which a term meets the others, which the algorithm draws.
+        complete: see `Complete`; None where every process has the whole.
+    """
+    names = list(gradients)
+    pairs = [(a, b) for index, a in enumerate(names) for b in names[index:]]
+    products = numbers([_dot(gradients[a], gradients[b], complete) for a, b in pairs])
+    gram = {(a, b): coefficients[a] * coefficients[b] * dot for (a, b), dot in zip(pairs, products, strict=True)}
+    gram |= {(b, a): product for (a, b), product in gram.items()}
+    total = dict.fromkeys(names, 0.0)
+    for name in names:
+        shares = dict.fromkeys(names, 0.0) | {name: 1.0}  # of every g_j in this term's projected gradient
+        others = (other for other in names if other != name)
+        for other in sorted(others, key=lambda other: derive_seed("conflicts", seed, name, other)):
+            along = sum(share * gram[mixed, other] for mixed, share in shares.items())
+            if along < 0 < gram[other, other]:
+                shares[other] -= along / gram[other, other]
+        total = {mixed: total[mixed] + share for mixed, share in shares.items()}
+    return {name: coefficients[name] * total[name] for name in names}
 
 
 class Geometry(NamedTuple):

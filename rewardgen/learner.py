@@ -27,7 +27,7 @@ from rewardgen.base_policy import split_state
 from rewardgen.distributed import Processes
 from rewardgen.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardgen.flow.window import WindowConfig
-from rewardgen.gradients import TermSums, geometry, weighted_sum
+from rewardgen.gradients import TermSums, geometry, projected, weighted_sum
 from rewardgen.measure import Clock
 from rewardgen.objective import FLOW_MATCHING, Objective
 from rewardgen.optimizer import Optimizer, OptimizerConfig
@@ -81,6 +81,7 @@ class Learner:
         self.objective = objective
         self.max_nonfinite_steps = max_nonfinite_steps
         self.term_grad_norms = term_grad_norms
+        self._projects = objective.config.conflicts == "project"
         self.processes = processes or Processes()
         self.version = 0
         self._names = list(policy.trainable())
@@ -151,7 +152,7 @@ class Learner:
         clock = Clock(device_of(self.policy))
         sums = TermSums()
         entries = max([1, *(len(batch.rollout.trajectory.kept_steps) for batch in micro_batches if batch.rollout)])
-        merge = len(micro_batches) == 1 and not self.term_grad_norms and entries == 1
+        merge = len(micro_batches) == 1 and not (self.term_grad_norms or self._projects) and entries == 1
         for batch, lessons in zip(micro_batches, replays, strict=True):
             # What a plug-in draws from the global generators belongs to the micro-batch, whichever process has it.
             seed_globals(derive_seed("micro_batch", step, *batch.seed_B))
@@ -171,7 +172,8 @@ class Learner:
         terms = {name: coefficients[name] * sums.values[name] for name, count in sums.counts.items() if count}
         parts = {name: coefficients.get(name, 1.0) for name in sums.gradients}
         with clock.phase("optimizer"):
-            gradient = weighted_sum(sums.gradients, parts) if sums.gradients else None
+            counted = projected(sums.gradients, parts, step, self._complete) if self._projects else parts
+            gradient = weighted_sum(sums.gradients, counted) if sums.gradients else None
             grad_norm, grad_norms, cosines = geometry(gradient, sums.gradients, parts, self._complete)
             finite = math.isfinite(grad_norm) and all(map(math.isfinite, terms.values()))
             applied = gradient is not None and finite

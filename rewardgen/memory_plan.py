@@ -258,7 +258,8 @@ def _terms(experiment: Experiment, learner: Learner) -> int:
     """How many gradients of the trained parameters are kept while a step is made."""
     train, objective = experiment.train, learner.objective
     rewards = sum(objective.weight(name, 0) > 0 for name in objective.active_rewards(0))
-    shared = train.accumulation == 1 and not train.term_grad_norms and experiment.rollout.entries_per_rollout == 1
+    apart = train.term_grad_norms or experiment.objective.conflicts == "project"
+    shared = train.accumulation == 1 and not apart and experiment.rollout.entries_per_rollout == 1
     others = (objective.weight(FLOW_MATCHING, 0) > 0) + bool(objective.active_samples(0))
     return (min(1, rewards) if shared else rewards) + others
 

@@ -81,7 +81,7 @@ class FlowMatchingConfig(SparseSettings):
 class ObjectiveConfig(SparseSettings):
     """The loss: flow matching plus rewards."""
 
-    sparse: ClassVar[frozenset[str]] = frozenset({"combine", "temperature", "policy_gradient"})
+    sparse: ClassVar[frozenset[str]] = frozenset({"combine", "temperature", "conflicts", "policy_gradient"})
 
     flow_matching: FlowMatchingConfig = FlowMatchingConfig()
     """The supervised part."""
@@ -97,6 +97,8 @@ class ObjectiveConfig(SparseSettings):
     temperature: float | None = Field(default=None, gt=0)
     """Of the soft minimum, in the units of the (normalised) rewards: large is the weighted sum, small the minimum."""
 
+    conflicts: Literal["keep", "project"] = "keep"
+    """`project` takes off each term's gradient what points against another's (PCGrad, arXiv 2001.06782)."""
     policy_gradient: PolicyGradientConfig | None = None
     """How the policy learns from the scores of samples, for rewards without a gradient; null: not at all."""
 
