@@ -6,7 +6,9 @@ Sizes come from a `config.json` that is here, else from the table of released mo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,16 @@ _TEXT_L = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 1
 _QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
 _QWEN_ROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "rope_theta": 1e6}
 
+_QWEN_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    **_QWEN_ROPE,
+}
+
 RELEASED: Mapping[str, Mapping[str, Any]] = {
     "facebook/dino-vits16": {"model_type": "vit", "intermediate_size": 1536, **_VIT_S},
     "facebook/dino-vitb16": {"model_type": "vit", **_VIT_B},
@@ -71,6 +83,12 @@ RELEASED: Mapping[str, Mapping[str, Any]] = {
             "patch_size": 14,
         },
     },
+    "Qwen/Qwen2-VL-7B-Instruct": {
+        "model_type": "qwen2_vl",
+        "tie_word_embeddings": False,
+        "text_config": _QWEN_7B,
+        "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16},
+    },
     "Qwen/Qwen2.5-VL-3B-Instruct": {
         "model_type": "qwen2_5_vl",
         "tie_word_embeddings": True,
@@ -88,19 +106,13 @@ RELEASED: Mapping[str, Mapping[str, Any]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": {
         "model_type": "qwen2_5_vl",
         "tie_word_embeddings": False,
-        "text_config": {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            **_QWEN_ROPE,
-        },
+        "text_config": _QWEN_7B,
         "vision_config": {**_QWEN_VISION, "out_hidden_size": 3584},
     },
 }
 """Sizes of released models by hub id, as their `config.json` states them; what is left out is transformers' default."""
+LETTERS = 3
+"""Of a token, where no tokenizer counts: fewer than in most words, lest a plan is too small."""
 _SHORT_SIDES = {"dinov2": 256, "dinov2_with_registers": 256}
 _SIDE = 224
 """Of the squares that the encoders of the table read, unless their config says another."""
@@ -174,6 +186,34 @@ def head(inputs: int) -> nn.Sequential:
     """The last layers that the aesthetic predictor and ImageReward were released with, from so many features."""
     widths = (inputs, 1024, 128, 64, 16, 1)
     return nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
+
+
+class LetterTokenizer:
+    """Stands in for a tokenizer where only the number of tokens counts, a few too many: one for each three letters.
+
+    Args:
+        special: tokens that stand for themselves, with their numbers.
+    """
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        self.special = dict(special)
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """The special tokens."""
+        return self.special
+
+    def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, Tensor]:
+        rows = [self._row(text) for text in texts]
+        longest = max(map(len, rows))
+        ids_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+    def _row(self, text: str) -> list[int]:
+        ids = list[int]()
+        for part in re.split(f"({'|'.join(map(re.escape, self.special))})", text):
+            ids += [self.special[part]] if part in self.special else [0] * math.ceil(len(part) / LETTERS)
+        return ids
 
 
 class BlankTokenizer:

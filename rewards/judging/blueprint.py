@@ -14,10 +14,8 @@ from torch import Tensor
 from rewardgen.errors import CheckpointError
 from rewardgen.rewards.judging.preprocess import Preprocess
 from rewardgen.rewards.preprocess import CLIP_MEAN, CLIP_STD
-from rewardgen.rewards.sizes import config_of, folder_of
+from rewardgen.rewards.sizes import LETTERS, config_of, folder_of
 
-_LETTERS = 3
-"""Of a token, where no tokenizer counts: fewer than in most words of the templates, lest the plan is too small."""
 _QWEN_PIXELS = (4 * 28**2, 16384 * 28**2)
 """Fewest and most pixels of a picture in Qwen2.5-VL's released processor."""
 
@@ -96,7 +94,7 @@ class QwenStandIn:
                 rows, columns = (size // side for size in self.preprocess.resized(picture.height, picture.width))
                 grids.append([1, rows, columns])
                 ids += [self.image_token_id] * (rows * columns // merged**2)
-            ids += [0] * math.ceil(len(words) / _LETTERS)
+            ids += [0] * math.ceil(len(words) / LETTERS)
         ids_1T = torch.tensor([ids])
         return {
             "input_ids": ids_1T,

@@ -17,6 +17,7 @@ from rewardgen.rewards.cache import TensorCache
 from rewardgen.rewards.judging.pictures import to_pil
 from rewardgen.rewards.judging.preprocess import Preprocess, one_tile
 from rewardgen.rewards.judging.questions import Part, Question
+from rewardgen.rewards.judging.recompute import go_on_recomputing, recompute_layers
 from rewardgen.transfer import to_device
 
 _KEPT_TEXTS = 1024
@@ -149,9 +150,7 @@ class LocalModel(nn.Module):
         self.tokens = answer_tokens(processor.tokenizer, question.values)
         self._checkpointing = checkpointing
         if checkpointing:
-            # Its name changed within transformers 5.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            recompute_layers(model)
         self._kept = TensorCache()
         self._texts: OrderedDict[tuple[str, tuple[tuple[int, int], ...]], dict[str, Tensor]] = OrderedDict()
         self.eval()
@@ -160,10 +159,7 @@ class LocalModel(nn.Module):
         """As of any module; but layers go on recomputing in evaluation, where transformers would not."""
         super().train(mode)
         if self._checkpointing and not mode:
-            for module in self.model.modules():
-                # The flag of the layer alone, which says whether it recomputes. Dropout sits in modules inside it.
-                if hasattr(type(module), "gradient_checkpointing") and module.gradient_checkpointing:
-                    module.training = True
+            go_on_recomputing(self.model)
         return self
 
     def forward(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ from rewardgen.rewards.vlm_judge_local import LocalVlmJudge
 from rewardgen.world.tiny_vlm import tiny_llava
 from tests import toy_reward_models as toys
 from tests.judge_servers import JudgeServer
+from tests.test_hpsv3 import tiny as tiny_hpsv3
 from tests.toy_faces import CROP, TwoPlaces, tiny_iresnet
 
 
@@ -99,6 +100,7 @@ TINY: dict[str, Callable[[], Reward]] = {
     "id_conf": lambda: IdConfReward(tiny_faces()),
     "face_count": lambda: FaceCountReward(tiny_faces()),
     "face_count, missing": lambda: FaceCountReward(tiny_faces(), count="missing"),
+    "hpsv3": tiny_hpsv3,
     "image_reward": tiny_image_reward,
     "structure": StructureReward,
     "matching": lambda: MatchingReward(tiny_faces()),
