@@ -6,7 +6,7 @@ B pictures, T tokens of a text, N patches of all pictures, P values of a patch, 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -39,15 +39,19 @@ _CHAT = (
     "<|im_start|>user\n<|vision_start|>{picture}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 )
 """Qwen2-VL's chat format of one picture and a text."""
-_NAMES = (("visual.", "visual."), ("model.", "language_model."))
-"""Beginnings of the file's names, which are those of transformers 4.45, and of today's."""
+_NAMES = (
+    ("backbone.visual.", "visual."),
+    ("backbone.language_model.", "model."),
+    ("head.", "rm_head."),
+)
+"""Beginnings of our names, and of the file's, which are those of transformers 4.45."""
 
 
 class Hpsv3Reward(Reward):
     """The mean of the distribution that the model gives for a picture's score; unbounded, higher is better.
 
     In the authors' benchmark the means of models lie between -0.24 (SD2) and 10.55 (Kolors). Valid where there is a
-    prompt. `Score.metrics` has `sigma`, the distribution's standard deviation, as the mean over the batch.
+    prompt. `Score.metrics` has `sigma`, the mean of the distributions' standard deviations.
 
     Args:
         model: patches and tokens to mean and log of the standard deviation.
@@ -109,8 +113,12 @@ class Hpsv3Reward(Reward):
         config = load_pretrained(AutoConfig, backbone)
         tokenizer = load_pretrained(AutoTokenizer, backbone)
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-        prepared = Preprocess.of(load_pretrained(AutoImageProcessor, backbone, backend="pil"), name=backbone)
+        try:
+            prepared = Preprocess.of(load_pretrained(AutoImageProcessor, backbone, backend="pil"), name=backbone)
+        except ConfigError as error:
+            raise ConfigError(f"backbone: the image processor of {backbone} is not Qwen2-VL's ({error})") from error
         model = load_hpsv3(checkpoint, config, getattr(torch, dtype))
+        round_angles(model.backbone)
         token = int(tokenizer.convert_tokens_to_ids(REWARD_TOKEN))
         if token != model.tokens - 1:
             raise CheckpointError(
@@ -147,6 +155,7 @@ class Hpsv3Reward(Reward):
         config = config_of(backbone)
         vision, text = config.vision_config, config.text_config
         network = Qwen2VLModel(config).to(getattr(torch, dtype)).eval()
+        round_angles(network)
         patches = (int(vision.patch_size), int(vision.spatial_merge_size), int(vision.temporal_patch_size))
         prepared = Preprocess(
             size=(PIXELS, PIXELS), kernel="bicubic", crop=(), mean=CLIP_MEAN, std=CLIP_STD, patches=patches
@@ -177,11 +186,9 @@ class Hpsv3Reward(Reward):
                 torch.tensor([[1, rows, columns]] * len(examples)),
             ).unbind(-1)
         says_something = torch.tensor([bool(example.prompt.strip()) for example in examples])
-        return Score(
-            value_B=mean_B,
-            valid_B=to_device(says_something, mean_B.device),
-            metrics={"sigma": log_sigma_B.detach().exp().mean()},
-        )
+        valid_B = to_device(says_something, mean_B.device) & mean_B.detach().isfinite()
+        sigma = log_sigma_B.detach().exp().where(valid_B, 0.0).sum() / valid_B.sum().clamp(min=1)
+        return Score(value_B=mean_B, valid_B=valid_B, metrics={"sigma": sigma})
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture."""
@@ -259,23 +266,55 @@ def load_hpsv3(checkpoint: str, config: Any, dtype: torch.dtype) -> PreferenceMo
     what = f"HPSv3 checkpoint {checkpoint}"
     found, _ = read_tensors("HPSv3 checkpoint", checkpoint, under="model")
     tokens, width = size_of(what, found, "model.embed_tokens.weight", 2, "HPSv3")
-    head = {name: tensor for name, tensor in found.items() if name.startswith("rm_head.")}
-    network: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        if name in head or name == "lm_head.weight":  # the layer that would speak
-            continue
-        old, new = next((pair for pair in _NAMES if name.startswith(pair[0])), ("", ""))
-        network[new + name.removeprefix(old)] = tensor
+    found.pop("lm_head.weight", None)  # the layer that would speak
     config.text_config.vocab_size = tokens
-    backbone = model_from(Qwen2VLModel, config, network, what, dtype=dtype)
-    return PreferenceModel(backbone, _head(what, head, width), tokens - 1)
-
-
-def _head(what: str, tensors: Mapping[str, Tensor], width: int) -> nn.Sequential:
+    with torch.device("meta"):
+        whole = nn.ModuleDict({"backbone": Qwen2VLModel(config), "head": _blank_head(width)})
+    names = {_released(name): name for name in whole.state_dict()}
+    check_tensors(what, found, {old: tuple(whole.state_dict()[new].shape) for old, new in names.items()})
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
+    for old, new in names.items():
+        part, _, name = new.partition(".")
+        parts[part][name] = found.pop(old)
     head = _blank_head(width)
-    check_tensors(what, tensors, {f"rm_head.{name}": tuple(of.shape) for name, of in head.state_dict().items()})
-    head.load_state_dict({name.removeprefix("rm_head."): tensor.float() for name, tensor in tensors.items()})
-    return head.eval()
+    head.load_state_dict({name: tensor.float() for name, tensor in parts["head"].items()})
+    backbone = model_from(Qwen2VLModel, config, parts["backbone"], what, dtype=dtype)
+    return PreferenceModel(backbone, head.eval(), tokens - 1)
+
+
+def _released(name: str) -> str:
+    """What the file calls a tensor of backbone or head."""
+    new, old = next(pair for pair in _NAMES if name.startswith(pair[0]))
+    return old + name.removeprefix(new)
+
+
+def round_angles(backbone: Qwen2VLModel) -> None:
+    """Compute the angles of positions as the release was taught and is used, in place, whatever the weights' type.
+
+    The authors cast the whole model to bfloat16, in transformers 4.45 also what the angles are made of: the
+    frequencies, and in the vision tower angles, cosines and sines too. After some hundred tokens the angles are off by
+    a large part of a turn, but by the same one as in training.
+    """
+    language: Any = backbone.language_model.rotary_emb
+    language.inv_freq = language.inv_freq.bfloat16().to(language.inv_freq.dtype)
+    vision: Any = backbone.visual
+    vision.rotary_pos_emb = _RoundedAngles(vision.rotary_pos_emb)
+
+
+class _RoundedAngles(nn.Module):
+    """What gives the vision tower its angles, computed in bfloat16."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner: Any = inner
+
+    def forward(self, x: Any, position_ids: Tensor | None = None) -> Any:
+        """As the inner module, which since some version of transformers 5 is given places in place of their number."""
+        frequencies = self.inner.inv_freq.bfloat16()
+        if position_ids is None:
+            return torch.outer(torch.arange(x, device=frequencies.device, dtype=frequencies.dtype), frequencies)
+        angles = position_ids[..., None].bfloat16() * frequencies
+        return tuple(self.inner.recomposition_frequencies(part) for part in (angles.cos(), angles.sin()))
 
 
 def _blank_head(width: int) -> nn.Sequential:

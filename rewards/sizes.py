@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,11 @@ def config_of(source: str) -> Any:
             f"{source}: its config.json is not here, and it is none of the reward models whose sizes are known: {known}"
         )
     try:
-        found = dict(RELEASED[source]) if folder is None else json.loads((folder / "config.json").read_text("utf-8"))
+        found = (
+            deepcopy(dict(RELEASED[source]))
+            if folder is None
+            else json.loads((folder / "config.json").read_text("utf-8"))
+        )
         return CONFIG_MAPPING[found["model_type"]].from_dict(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder or source}: no config of a model of transformers ({error})") from error

@@ -1,7 +1,8 @@
 """HPSv3: numbers of the authors' own model class at toy size, its file's layout, texts and pictures as it gets them.
 
 `fixtures/hpsv3.json` was computed with `Qwen2VLRewardModelBT` of hpsv3 1.0.0 on the transformers that it asks for
-(4.45.2), attention "eager", in float32, with the weights and patches that the functions below make again.
+(4.45.2), attention "eager", in float32, with the weights and patches that the functions below make again; "rounded" with
+its rotary modules in bfloat16, as its authors' cast of the model leaves them.
 """
 
 from __future__ import annotations
@@ -140,6 +141,24 @@ def test_values_and_gradient_are_those_of_the_authors_model(file: Path, backbone
     assert float(gradient_NP.norm()) == pytest.approx(GOLDEN["gradient_norm"], rel=1e-5)
 
 
+def test_angles_are_as_rounded_as_in_the_authors_model(file: Path, backbone: Path) -> None:
+    """Over 600 tokens; a model with exact angles gives another number."""
+    golden, exact = GOLDEN["rounded"], load_hpsv3(str(file), config(backbone), torch.float32)
+    rounded = load_hpsv3(str(file), config(backbone), torch.float32)
+    hpsv3.round_angles(rounded.backbone)
+    patches_NP = torch.from_numpy(np.random.RandomState(0).standard_normal((768, 96)).astype(np.float32))
+    patches_NP.requires_grad_()
+    words = np.random.RandomState(1).randint(3, 57, size=golden["words"]).tolist()
+    ids_BT = torch.tensor([[5, 58, *[IMAGE] * 192, 59, *words, TOKEN, 10, 11]])
+    inputs = (ids_BT, torch.ones_like(ids_BT), patches_NP, torch.tensor(golden["grid"]))
+    found_B2 = rounded(*inputs)
+    torch.testing.assert_close(found_B2, torch.tensor(golden["logits"]), atol=1e-5, rtol=1e-5)
+    (gradient_NP,) = torch.autograd.grad(found_B2[:, 0].sum(), patches_NP)
+    sums = gradient_NP.reshape(24, -1).sum(1)
+    torch.testing.assert_close(sums, torch.tensor(golden["gradient_block_sums"]), atol=1e-5, rtol=1e-3)
+    assert float((exact(*inputs) - found_B2).abs().max()) > 5e-4
+
+
 def test_a_picture_is_given_to_the_model_as_the_authors_code_does(reward: Hpsv3Reward) -> None:
     """By PIL to the size whose tokens are as many as asked for, then by the processor, which resizes it no more."""
     processor = Qwen2VLImageProcessorPil(**PATCHES, size={"shortest_edge": 1, "longest_edge": 10**6})
@@ -163,6 +182,7 @@ def test_a_score_is_the_models_for_the_text_around_the_prompt(reward: Hpsv3Rewar
             "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"
             f"say how good this is for {example.prompt} please rate <|Reward|> end<|im_end|>\n<|im_start|>assistant\n"
         )
+        assert reward.text(example.prompt, 4, 4) == text
         ids_1T = torch.tensor([reward.tokenizer(text)["input_ids"]])
         assert ids_1T.eq(TOKEN).sum() == 1
         assert ids_1T.eq(IMAGE).sum() == 4
@@ -175,6 +195,17 @@ def test_a_score_is_the_models_for_the_text_around_the_prompt(reward: Hpsv3Rewar
         assert float(alone.metrics["sigma"]) == pytest.approx(float(log_sigma.exp()), rel=1e-4)
     assert abs(float(found.value_B[0] - found.value_B[1])) > 1e-3
     assert not reward.score(drawn[:1], [Example(id="a", prompt=" ")]).valid_B.any()
+
+
+def test_what_is_masked_spoils_nothing_else(reward: Hpsv3Reward) -> None:
+    drawn = to_tensor(photo(3, 48, 48))[None].repeat(3, 1, 1, 1)
+    drawn[1] = torch.nan
+    examples = [*EXAMPLES, Example(id="c")]
+    with torch.no_grad():
+        found, alone = reward.score(drawn, examples), reward.score(drawn[:1], examples[:1])
+    assert found.valid_B.tolist() == [True, False, False]
+    torch.testing.assert_close(found.value_B[:1], alone.value_B, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.metrics["sigma"], alone.metrics["sigma"], atol=1e-5, rtol=1e-5)
 
 
 def test_marks_in_a_prompt_are_no_marks(reward: Hpsv3Reward) -> None:
@@ -252,12 +283,16 @@ def test_the_release_has_as_many_parameters_as_its_paper_says(instruction: Path)
     ("change", "message"),
     [
         ({"visual.blocks.1.attn.qkv.bias": None}, r"lacks the tensor 'visual\.blocks\.1\.attn\.qkv\.bias'"),
-        ({"model.embed_tokens.weight": None}, "is it HPSv3"),
+        ({"model.embed_tokens.weight": None}, r"lacks the tensor 'model\.embed_tokens\.weight'; is it HPSv3"),
         ({"rm_head.5.bias": None}, r"lacks the tensor 'rm_head\.5\.bias'"),
         ({"rm_head.5.bias": torch.zeros(1)}, r"'rm_head\.5\.bias' has shape \(1,\)"),
         ({"rm_head.7.bias": torch.zeros(1)}, r"unknown tensor 'rm_head\.7\.bias'"),
         ({"extra": torch.zeros(1)}, "unknown tensor 'extra'"),
-        ({"model.norm.weight": torch.full((48,), torch.nan)}, "not finite"),
+        (
+            {"model.norm.weight": torch.full((48,), torch.nan)},
+            r"'model\.norm\.weight' holds values that are not finite",
+        ),
+        ({"model.norm.weight": torch.ones(40)}, r"'model\.norm\.weight' has shape \(40,\); expected \(48,\)"),
     ],
 )
 def test_another_file_is_refused(
