@@ -149,10 +149,9 @@ def config_of(source: str) -> Any:
             f"{source}: its config.json is not here, and it is none of the reward models whose sizes are known: {known}"
         )
     try:
+        # A copy to its depths: a config fills in what its mappings leave out.
         found = (
-            deepcopy(dict(RELEASED[source]))
-            if folder is None
-            else json.loads((folder / "config.json").read_text("utf-8"))
+            deepcopy(RELEASED[source]) if folder is None else json.loads((folder / "config.json").read_text("utf-8"))
         )
         return CONFIG_MAPPING[found["model_type"]].from_dict(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
