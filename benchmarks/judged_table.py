@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a caller that is
 
 import cells as shared
 
+from rewardgen.adaptive import OfBase
 from rewardgen.config import Experiment
 
 CELLS = shared.RESULTS / "judged"
@@ -77,12 +78,21 @@ def render(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> str:
         ]
         floor = f"{rows['content']['trained'] / rows['content']['base']:.3f}" if "content" in rows else ""
         lines.append(shared.line([f"{cell['arm']}, seed {cell['seed']}", *values, floor]))
+    floor_percent = 100.0 + floor_of(plans)
     note = (
         f"{found[0]['comparison']['num_examples']} held-out pairs; in brackets the change with its paired 95 %"
-        " interval. The floor is the base's own value of `structure`: the last column should not be below 0.98."
-        f" {shared.WITNESSES}"
+        f" interval. The floor is {floor_percent:g} % of the base's own value of `structure`: held within 2 %, the last"
+        f" column is {0.98 * floor_percent / 100:.3f} or more. {shared.WITNESSES}"
     )
     return "\n".join([*lines, "", note]) + "\n"
+
+
+def floor_of(plans: Sequence[Plan]) -> float:
+    """Of the experiment with a judge, in per cent above the base's value."""
+    (floor,) = {plan.experiment.objective.rewards["content"].floor for plan in plans if plan.arm == "uso_vlm_judge"}
+    assert isinstance(floor, OfBase)
+    assert floor.base_percent is not None
+    return floor.base_percent
 
 
 def main() -> None:
