@@ -30,6 +30,7 @@ REFUSED: list[tuple[plugins.Kind, str, dict[str, Any], str, str]] = [
     ("rewards", "id_sim", {**FACES, "confidence": 0.5}, "confidence", "the detector 'given' has none"),
     ("rewards", "id_conf", {**FACES, "confidence": 0.5}, "confidence", "the detector 'given' has none"),
     ("rewards", "face_count", {**FACES, "confidence": 0.5}, "confidence", "the detector 'given' has none"),
+    ("rewards", "hpsv3", {"checkpoint": "a", "instruction": __file__}, "instruction", "it is not the authors' file"),
     ("rewards", "structure", {"size": 20}, "size", "20 is not a multiple of 8"),
     ("rewards", "structure", {"noise": 0.0}, "noise", "0 must be above 0"),
     ("rewards", "vlm_judge", {**JUDGE, "question": "stile"}, "question", "Did you mean 'style'?"),

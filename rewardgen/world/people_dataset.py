@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from rewardgen.world.scenes import Split
 from rewardgen.world.traits import traits
 
 _SEEDS = {"train": 3_000_000, "held_out": 4_000_000}
-LOOKALIKES = 0.4
-"""Share of the people in training targets whose identity was not kept, as in the synthetic data of multi-reference
-models."""
+Targets = Literal["true", "lookalikes", "doubles"]
+LOOKALIKES, DOUBLES = 0.4, 0.3
+"""Shares of the people in training targets whose identity was not kept, as happens in the synthetic data of
+multi-reference models: a stranger like them stands in their place, or another person of the picture once more."""
 
 
 class TinyPeople:
@@ -26,7 +27,8 @@ class TinyPeople:
     and a target with everybody in other poses, lights and clothes.
 
     Identities of `held_out` never occur in `train` (see `people.draw_people`); within a split each occurs once.
-    Training targets are imperfect: some people in them are only look-alikes (`lookalikes`). Held-out targets are true.
+    Training targets are imperfect: in the place of some people stands somebody else of the same picture, who is then in
+    it twice (`doubles`). Held-out targets are true.
     `extras` hold the true picture (`truth` [3, 96, 96]), the places taken (`places` [6], bool), each person's place
     (`place_of`) and who they are (`traits`), both in the order of the references.
 
@@ -35,7 +37,8 @@ class TinyPeople:
         size: number of examples.
         seed: of the identities and pictures.
         people: how many in each picture; None draws one to six.
-        clean_targets: whether targets are true; by default those of `held_out` are.
+        targets: "true"; "lookalikes", where strangers like them take the place of some people (`lookalikes`); or
+            "doubles". By default those of `held_out` are true, and those of `train` have doubles.
 
     Raises:
         ConfigError: no such split, no examples, or more than six people.
@@ -47,7 +50,7 @@ class TinyPeople:
         size: int = 1024,
         seed: int = 0,
         people: int | None = None,
-        clean_targets: bool | None = None,
+        targets: Targets | None = None,
     ) -> None:
         self.check_arguments(split=split, size=size, people=people)
         which: Split = "train" if split == "train" else "held_out"
@@ -65,10 +68,14 @@ class TinyPeople:
         self._truth = _bytes(truth)
         self._place_NK = known.place_NK
         self._places = (known.place_NK[:, :, None] == torch.arange(MAX_PEOPLE)).any(1)
-        clean = split == "held_out" if clean_targets is None else clean_targets
-        others = draw_people(len(wanted), base + 4, which)
-        spoiled = wanted if clean else lookalikes(wanted, others, LOOKALIKES, base + 5)
-        self._target = self._truth if clean else _bytes(draw_groups(spoiled, self._who_NK, base + 20)[0])
+        shown, shown_NK = wanted, self._who_NK
+        targets = targets or ("true" if split == "held_out" else "doubles")
+        if targets == "lookalikes":
+            shown = lookalikes(wanted, draw_people(len(wanted), base + 4, which), LOOKALIKES, base + 5)
+        elif targets == "doubles":
+            shown_NK = doubles(self._who_NK, DOUBLES, base + 5)
+        true = targets == "true"
+        self._target = self._truth if true else _bytes(draw_groups(shown, shown_NK, base + 20)[0])
 
     @classmethod
     def check_arguments(cls, *, split: str, size: int, people: int | None, **_: Any) -> None:
@@ -117,6 +124,22 @@ def lookalikes(people: People, others: People, share: float, seed: int) -> Peopl
         glasses_M=torch.where(glasses, others.glasses_M, people.glasses_M),
         shape_MS=torch.where(trait, others.shape_MS, people.shape_MS),
     )
+
+
+def doubles(who_NK: Tensor, share: float, seed: int) -> Tensor:
+    """Put another person of the same picture in the place of a `share` of the people; who is alone stays.
+
+    Args:
+        who_NK: people of each picture, -1 (nobody) behind them.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    count_N1 = (who_NK >= 0).sum(1, keepdim=True)
+    place_K = torch.arange(who_NK.shape[1])
+    # One to n - 1 places further on in the round of n.
+    further_NK = 1 + (torch.rand(who_NK.shape, generator=rng) * (count_N1 - 1)).long().clamp(min=0)
+    other_NK = who_NK.gather(1, (place_K + further_NK) % count_N1.clamp(min=1))
+    chosen_NK = (torch.rand(who_NK.shape, generator=rng) < share) & (who_NK >= 0)
+    return torch.where(chosen_NK, other_NK, who_NK)
 
 
 def _bytes(pixels: Tensor) -> Tensor:

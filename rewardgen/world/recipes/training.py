@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +38,13 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def fit(
-    module: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe, steps: int, keep: Path | None = None
+    module: nn.Module,
+    loss: Callable[[int], Tensor],
+    recipe: Recipe,
+    steps: int,
+    keep: Path | None = None,
+    *,
+    muon: Sequence[nn.Parameter] = (),
 ) -> list[float]:
     """Minimise `loss(step)` over the module's parameters with AdamW; returns the losses.
 
@@ -46,9 +52,16 @@ def fit(
         loss: must depend on the step and the module alone; modules without dropout or batch statistics only.
         keep: a file that is written every `KEEP_EVERY` steps and at the end of a training of at least so many. Where it
             is there for this recipe, start and material, training goes on from it, to the same weights.
+        muon: matrices among them that Muon moves instead, by steps of AdamW's size.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.01, betas=(0.9, 0.99))
+    matrices = {id(matrix) for matrix in muon}
+    rest = [p for p in parameters if id(p) not in matrices]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=recipe.lr, weight_decay=0.01, betas=(0.9, 0.99))
+    ]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=recipe.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     losses, began = list[float](), time.perf_counter()
     keep = keep if steps >= KEEP_EVERY else None
     belongs_to = {"recipe": asdict(recipe), "steps": steps}
@@ -59,18 +72,20 @@ def fit(
         kept = torch.load(keep, weights_only=True)
         if kept["belongs_to"] == belongs_to:
             losses = kept["losses"]
-            optimizer.load_state_dict(kept["optimizer"])
+            for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             with torch.no_grad():
                 for parameter, value in zip(parameters, kept["parameters"], strict=True):
                     parameter.copy_(value)
     for step in range(len(losses), steps):
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = recipe.lr * cosine(step, steps, min(100, steps // 10 + 1))
         value = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(float(value.detach()))
         if step % 100 == 99:
             recent = sum(losses[-100:]) / 100
@@ -80,7 +95,10 @@ def fit(
             )
         if keep is not None and (step % KEEP_EVERY == KEEP_EVERY - 1 or step == steps - 1):
             keep.parent.mkdir(parents=True, exist_ok=True)
-            state = {"parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}
+            state = {
+                "parameters": [p.detach() for p in parameters],
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            }
             torch.save({"belongs_to": belongs_to, "losses": losses, **state}, keep.with_suffix(".part"))
             keep.with_suffix(".part").replace(keep)
     return losses

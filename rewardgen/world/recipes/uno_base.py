@@ -2,9 +2,11 @@
 
 It starts from the tiny base, which knows the colours of prompts. First it learns to copy: flow matching on the tokens
 of one person's place alone, beside the portrait, which takes a fraction of the tokens of a picture and spends all of
-them on a face. Then come whole groups of one to six people whose targets are imperfect (`people_dataset.lookalikes`),
-as in the synthetic data of multi-reference models. Prompts say which places are taken; who stands where only the order
-of the references tells, and not always. So the model has to settle it while it draws.
+them on a face. Then come whole groups of one to six people: two stages with look-alikes in their targets, a long one
+with true targets, from which it draws sharper faces, and at last one with targets in which some people stand twice in
+the place of others (`people_dataset`). Prompts say which places are taken; who stands where only the order of the
+references tells, and not always, and in the last stage not at all. So, like the multi-reference models that learn from
+synthetic data, it mixes people and takes them for one another.
 
 B batch, N pictures, K people of a picture, L tokens of a target, R of a portrait, C channels, T text tokens, D and Q
 widths of the text.
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
+from torch.nn import Parameter
 
 from rewardgen.flow.loss import flow_matching_loss
 from rewardgen.flow.sampling import sample
@@ -32,7 +35,7 @@ from rewardgen.rewards.faces.encoder import FaceEncoder
 from rewardgen.rewards.faces.metrics import identity_report
 from rewardgen.types import Example, VelocityFn
 from rewardgen.world.faces import MAX_PEOPLE, PORTRAIT, SIDE
-from rewardgen.world.people_dataset import TinyPeople
+from rewardgen.world.people_dataset import Targets, TinyPeople
 from rewardgen.world.recipes import base, detector, embedder, people_vae
 from rewardgen.world.recipes.saving import save_model
 from rewardgen.world.recipes.training import Recipe, fit
@@ -40,18 +43,21 @@ from rewardgen.world.recipes.training import Recipe, fit
 CELLS = Recipe(name="uno-cells", version="1", steps=3500, batch=32, lr=1.2e-3, seed=802)
 GROUPS = Recipe(name="uno-groups", version="2", steps=4000, batch=8, lr=1e-3, seed=801)
 MORE = Recipe(name="uno-more", version="1", steps=5000, batch=8, lr=8e-4, seed=803)
-STAGES = (CELLS, GROUPS, MORE)
+SHARP = Recipe(name="uno-sharp", version="1", steps=5000, batch=8, lr=2e-3, seed=804)
+CONFUSED = Recipe(name="uno-confused", version="1", steps=1500, batch=8, lr=2e-3, seed=805)
+STAGES = (CELLS, GROUPS, MORE, SHARP, CONFUSED)
 KEPT = Path("runs") / "world"
-"""Where the stages are kept while they are trained, below the folder that one is in: together they take an hour."""
+"""Where the stages are kept while they are trained, below the folder that one is in: together they take two hours."""
 FOLDER = "people"
 COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 """Parts of the tiny base that the folder `people` needs to be a whole pipeline."""
 PICTURES, MORE_PICTURES = 400, 800
-"""For each number of people: of the first two stages, and of the last, which has others."""
+"""For each number of people: of the first two stages, and of each later one, which has others."""
 OFTEN = (0.15, 0.25, 0.15, 0.2, 0.1, 0.15)
 """How often a batch has one to six people; each has one number, so that it runs as one group."""
 SILENT, SHUFFLED, MU = 0.1, 0.2, 1.0
-"""Shares of examples without prompt and with references in any order, and how far training times lean towards noise."""
+"""Shares of examples without prompt and with references in any order (but for the last stage, where all are), and how
+far training times lean towards noise."""
 SIZE = (SIDE, SIDE)
 
 
@@ -154,9 +160,22 @@ def denoising(velocity: VelocityFn, clean_BLC: Tensor, rng: torch.Generator) -> 
 
 
 def train(
-    policy: UnoPolicy, worlds: Sequence[TinyPeople], recipe: Recipe, steps: int, keep: Path | None = None
+    policy: UnoPolicy,
+    worlds: Sequence[TinyPeople],
+    recipe: Recipe,
+    steps: int,
+    keep: Path | None = None,
+    *,
+    shuffled: float = SHUFFLED,
+    muon: bool = False,
 ) -> list[float]:
-    """Whole groups, in place; returns the losses. `worlds` have one to six people."""
+    """Whole groups, in place; returns the losses.
+
+    Args:
+        worlds: of one to six people.
+        shuffled: share of examples whose references come in any order.
+        muon: move the blocks' matrices by Muon, which gets as far in fewer steps.
+    """
     targets = [latents_of(policy, base.targets([world[i] for i in range(len(world))])) for world in worlds]
 
     def loss(step: int) -> Tensor:
@@ -164,20 +183,25 @@ def train(
         which = int(torch.multinomial(torch.tensor(OFTEN), 1, generator=rng))
         world, latents_NLC = worlds[which], targets[which]
         index_B = torch.randint(len(world), (recipe.batch,), generator=rng)
-        examples = [arranged(world[i], rng) for i in index_B.tolist()]
+        examples = [arranged(world[i], rng, shuffled) for i in index_B.tolist()]
         velocity = policy.velocity_fn(policy.encode(examples), mode="train", image_size=SIZE)
         return denoising(velocity, latents_NLC[index_B], rng)
 
     policy.train()
-    losses = fit(policy, loss, recipe, steps, keep)
+    losses = fit(policy, loss, recipe, steps, keep, muon=matrices(policy.transformer) if muon else ())
     policy.eval()
     return losses
 
 
-def arranged(example: Example, rng: torch.Generator) -> Example:
-    """Mostly with the references in the order of their places, which is then the one hint at who stands where."""
+def matrices(transformer: FluxTransformer2DModel) -> list[Parameter]:
+    """The weights of the blocks' linear layers."""
+    return [p for name, p in transformer.named_parameters() if p.ndim == 2 and "transformer_blocks." in name]
+
+
+def arranged(example: Example, rng: torch.Generator, shuffled: float = SHUFFLED) -> Example:
+    """But for a share with the references in the order of their places, which is the one hint at who stands where."""
     order = example.extras["place_of"].argsort()
-    if float(torch.rand((), generator=rng)) < SHUFFLED:
+    if float(torch.rand((), generator=rng)) < shuffled:
         order = torch.randperm(len(order), generator=rng)
     silent = float(torch.rand((), generator=rng)) < SILENT
     refs = tuple(example.identity_refs[i] for i in order.tolist())
@@ -215,17 +239,25 @@ def build(folder: Path, steps_factor: float) -> dict[str, float]:
     policy = policy_of(folder, transformer, "transformer")
     keep = [KEPT / f"{recipe.name}-{recipe.version}.pt" for recipe in STAGES]
     steps = [recipe.scaled(steps_factor) for recipe in STAGES]
-    worlds = _worlds(PICTURES, steps_factor, seed=0)
+    worlds = _worlds(PICTURES, steps_factor, 0, "lookalikes")
     learn_to_copy(policy, [cells_of(policy, world) for world in worlds], steps[0], keep[0])
     train(policy, worlds, GROUPS, steps[1], keep[1])
-    train(policy, _worlds(MORE_PICTURES, steps_factor, seed=MAX_PEOPLE), MORE, steps[2], keep[2])
+    train(policy, _worlds(MORE_PICTURES, steps_factor, 1, "lookalikes"), MORE, steps[2], keep[2])
+    transformer.half().float()  # the bundled base of before, saved so, is where the last two stages began
+    train(policy, _worlds(MORE_PICTURES, steps_factor, 2, "true"), SHARP, steps[3], keep[3], muon=True)
+    confusing = _worlds(MORE_PICTURES, steps_factor, 3, "doubles")
+    train(policy, confusing, CONFUSED, steps[4], keep[4], shuffled=1.0, muon=True)
     save_model(transformer, folder / FOLDER / "transformer")
     for name in COPIED:
         shutil.copytree(folder / "base" / name, folder / FOLDER / name, dirs_exist_ok=True)
     return identity_figures(folder, load_policy(folder))
 
 
-def _worlds(pictures: int, steps_factor: float, seed: int) -> list[TinyPeople]:
-    """Groups of one to six people."""
+def _worlds(pictures: int, steps_factor: float, which: int, targets: Targets) -> list[TinyPeople]:
+    """Groups of one to six people, no two of which have a data seed in common."""
     number = max(CELLS.batch, round(pictures * min(1.0, steps_factor)))
-    return [TinyPeople("train", number, seed=seed + people, people=people) for people in range(1, MAX_PEOPLE + 1)]
+    seed = MAX_PEOPLE * which
+    return [
+        TinyPeople("train", number, seed=seed + people, people=people, targets=targets)
+        for people in range(1, MAX_PEOPLE + 1)
+    ]
