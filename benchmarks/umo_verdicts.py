@@ -40,6 +40,8 @@ DIGITS = {
 FEWER_IS_BETTER = {"missing_faces", "extra_faces"}
 MOST_LOST = 0.02
 """Of the layout witness."""
+ALL = "all"
+"""Stands for the pictures of all numbers of people together."""
 
 Column = Sequence[float | None]
 Scores = Mapping[str, Mapping[str, Column]]
@@ -160,8 +162,15 @@ def _table(number: str, arms: Mapping[str, Sequence[Scores]], base: Scores, trut
     return f"## {number} people\n\n" + _markdown(["", *METRICS.values()], rows)
 
 
+def with_all(scores: Scores) -> Scores:
+    """With the pictures of all numbers of people as one more entry."""
+    together = {metric: [value for number in scores for value in scores[number][metric]] for metric in METRICS}
+    return {**scores, ALL: together}
+
+
 def verdicts(arms: Mapping[str, Sequence[Scores]], base: Scores) -> list[str]:
     """An answer to each question, in Markdown."""
+    arms, base = {arm: [with_all(run) for run in runs] for arm, runs in arms.items()}, with_all(base)
 
     def against(ours: str, theirs: str, metric: str) -> dict[str, tuple[str, str]]:
         found = {n: change([r[n][metric] for r in arms[ours]], [r[n][metric] for r in arms[theirs]]) for n in base}
@@ -202,9 +211,9 @@ def _where(arms: Mapping[str, Sequence[Scores]], base: Scores) -> str:
     texts = []
     for metric in ("id_sim", "likeness", "apart"):
         found = {n: change([r[n][metric] for r in arms[OURS]], [r[n][metric] for r in arms[MIMR]]) for n in base}
-        gains = {n: one.value for n, one in found.items() if one is not None}
+        gains = {n: one.value for n, one in found.items() if one is not None and n != ALL}
         most = max(gains, key=lambda n: gains[n]) if gains else None
-        texts.append(f"{METRICS[metric]} " + (f"at {most} people" if most and gains[most] > 0 else "nowhere"))
+        texts.append(f"{METRICS[metric]} " + (_at(most) if most and gains[most] > 0 else "nowhere"))
     return f"They gain the most in {', in '.join(texts)}."
 
 
@@ -212,14 +221,20 @@ def _answered(question: str, rows: Mapping[str, Mapping[str, tuple[str, str]]]) 
     """The question, its answer in a line, and what it rests on."""
     numbers = list(next(iter(rows.values())))
     otherwise = [
-        f"{row} at {number} people ({answers[number][0]})"
+        f"{row} {_at(number)} ({answers[number][0]})"
         for row, answers in rows.items()
         for number in numbers
         if answers[number][0] != "yes"
     ]
     summary = f"Not, or not for certain: {'; '.join(otherwise)}." if otherwise else "Yes, throughout."
     cells = [[row, *(f"{answer}: {text}" for answer, text in answers.values())] for row, answers in rows.items()]
-    return f"**{question}** {summary}\n\n" + _markdown(["", *(f"{n} people" for n in numbers)], cells)
+    return f"**{question}** {summary}\n\n" + _markdown(
+        ["", *(n if n == ALL else f"{n} people" for n in numbers)], cells
+    )
+
+
+def _at(number: str) -> str:
+    return "over all" if number == ALL else f"at {number} people"
 
 
 def _rises(found: Change | None) -> str:

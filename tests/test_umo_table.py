@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,10 @@ class TestVerdicts:
         # MIMR comes one place after SIR: 2, 4 and 6 more; ours two.
         assert f"| ID-Conf, {MIMR} | yes: +2.0 [+2.0, +2.0] (seeds +2.0, +2.0) | yes: +4.0" in confusion
         assert f"| apart witness, {OURS} | yes: +0.040 [+0.040, +0.040]" in confusion
+        # Over all pictures the mean of 2, 4 and 6, with their spread.
+        assert "| | 2 people | 4 people | 6 people | all |" in confusion
+        (row,) = [line for line in confusion.splitlines() if line.startswith(f"| ID-Conf, {MIMR} |")]
+        assert re.search(r"\| yes: \+4\.0 \[\+3\.\d, \+4\.\d\] \(seeds \+4\.0, \+4\.0\) \|$", row)
         assert "Yes, throughout." in likeness
         assert "Yes, throughout." in identity
         assert identity.count("\n|") == 2 + len(umo_table.ARMS) - 1
@@ -244,6 +249,7 @@ class TestVerdicts:
         confusion, identity, likeness, layout, ours = verdicts_of(worse, layout=0.97)
         assert f"Not, or not for certain: ID-Conf, {MIMR} at 2 people (no); ID-Conf, {MIMR} at 4" in confusion
         assert f"{OURS} at 6 people (no)" in likeness
+        assert f"{OURS} over all (no)" in likeness
         assert f"{SIR} at 2 people (no)" in identity
         assert f"{SUPERVISED} at 6 people (no)" in layout
         assert "no: -3.0 % [-3.0, -3.0]" in layout
