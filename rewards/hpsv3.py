@@ -1,6 +1,6 @@
 """HPSv3 (Ma et al., arXiv 2508.03789): human preference for a picture, given its prompt, as Qwen2-VL sees it.
 
-B pictures, T tokens of a text, N patches of all pictures, P values of a patch, D width.
+B pictures.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.reward import Reward
+from rewardgen.rewards.hpsv3_model import PreferenceModel, blank_head, load_hpsv3, round_angles
 from rewardgen.rewards.judging.preprocess import Preprocess
 from rewardgen.rewards.judging.recompute import go_on_recomputing, recompute_layers
-from rewardgen.rewards.loading import check_tensors, load_pretrained, model_from, read_tensors, size_of
+from rewardgen.rewards.loading import load_pretrained
 from rewardgen.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from rewardgen.rewards.sizes import LetterTokenizer, config_of
 from rewardgen.transfer import to_device
 from rewardgen.types import Example, Score
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen2VLModel
+    from transformers import PreTrainedTokenizerBase
 
 PIXELS = 256 * 28 * 28
 """Of a picture once it is resized, the release's fewest and most: 256 of the model's tokens, or a few less or more."""
@@ -39,12 +40,6 @@ _CHAT = (
     "<|im_start|>user\n<|vision_start|>{picture}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 )
 """Qwen2-VL's chat format of one picture and a text."""
-_NAMES = (
-    ("backbone.visual.", "visual."),
-    ("backbone.language_model.", "model."),
-    ("head.", "rm_head."),
-)
-"""Beginnings of our names, and of the file's, which are those of transformers 4.45."""
 
 
 class Hpsv3Reward(Reward):
@@ -161,7 +156,7 @@ class Hpsv3Reward(Reward):
             size=(PIXELS, PIXELS), kernel="bicubic", crop=(), mean=CLIP_MEAN, std=CLIP_STD, patches=patches
         )
         special = {_IMAGE: int(config.image_token_id), REWARD_TOKEN: int(text.vocab_size) - 1}
-        model = PreferenceModel(network, _blank_head(int(text.hidden_size)), special[REWARD_TOKEN])
+        model = PreferenceModel(network, blank_head(int(text.hidden_size)), special[REWARD_TOKEN])
         tokenizer = cast(Any, LetterTokenizer(special))
         return cls(model, tokenizer, read_instruction(instruction), prepared, checkpointing=checkpointing)
 
@@ -203,125 +198,6 @@ class Hpsv3Reward(Reward):
             prompt = prompt.replace(mark, " ")
         picture = _IMAGE * (rows * columns // self.preprocess.patches[1] ** 2)
         return _CHAT.format(picture=picture, text=self.instruction.replace(PROMPT, prompt))
-
-
-class PreferenceModel(nn.Module):
-    """Qwen2-VL without its last layer, and a head where the score's token stands.
-
-    Args:
-        backbone: of pictures and texts.
-        head: [B, D] to [B, 2], float32.
-        reward_token: number of the token whose state the head reads.
-    """
-
-    def __init__(self, backbone: Qwen2VLModel, head: nn.Module, reward_token: int) -> None:
-        super().__init__()
-        self.backbone, self.head, self.reward_token = backbone, head, reward_token
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that it knows."""
-        return int(self.backbone.get_input_embeddings().weight.shape[0])
-
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor, patches_NP: Tensor, grid_B3: Tensor) -> Tensor:
-        """Mean and log of the standard deviation, [B, 2].
-
-        Args:
-            ids_BT: on the CPU, padded on the right; the score's token once in each row.
-            mask_BT: 0 where they are padded.
-            patches_NP: of all pictures.
-            grid_B3: (1, rows, columns) of patches.
-        """
-        device = patches_NP.device
-        places_B = to_device((ids_BT == self.reward_token).int().argmax(-1), device)
-        # Plain positions, without Qwen2-VL's rows and columns: the authors' forward pass hands none to the language
-        # model, whose default in their transformers (4.45.2) these are. The release was taught so.
-        positions_3BT = torch.arange(ids_BT.shape[1]).expand(3, *ids_BT.shape)
-        states_BTD = self.backbone(
-            input_ids=to_device(ids_BT, device),
-            attention_mask=to_device(mask_BT, device),
-            position_ids=to_device(positions_3BT, device),
-            pixel_values=patches_NP,
-            image_grid_thw=to_device(grid_B3, device),
-            use_cache=False,
-        ).last_hidden_state
-        state_BD = states_BTD.gather(1, places_B[:, None, None].expand(-1, 1, states_BTD.shape[-1]))[:, 0]
-        found_B2: Tensor = self.head(state_BD.to(torch.promote_types(state_BD.dtype, torch.float32)))
-        return found_B2
-
-
-def load_hpsv3(checkpoint: str, config: Any, dtype: torch.dtype) -> PreferenceModel:
-    """Read the released names: transformers' of Qwen2-VL before its version 5, and `rm_head`.
-
-    Args:
-        config: of the backbone; the file may know another number of tokens, since one was added for the score.
-        dtype: of the backbone's weights.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or holds code, or a tensor is missing, unknown, of a wrong shape
-            or not finite.
-    """
-    from transformers import Qwen2VLModel
-
-    what = f"HPSv3 checkpoint {checkpoint}"
-    found, _ = read_tensors("HPSv3 checkpoint", checkpoint, under="model")
-    tokens, width = size_of(what, found, "model.embed_tokens.weight", 2, "HPSv3")
-    found.pop("lm_head.weight", None)  # the layer that would speak
-    config.text_config.vocab_size = tokens
-    with torch.device("meta"):
-        whole = nn.ModuleDict({"backbone": Qwen2VLModel(config), "head": _blank_head(width)})
-    names = {_released(name): name for name in whole.state_dict()}
-    check_tensors(what, found, {old: tuple(whole.state_dict()[new].shape) for old, new in names.items()})
-    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
-    for old, new in names.items():
-        part, _, name = new.partition(".")
-        parts[part][name] = found.pop(old)
-    head = _blank_head(width)
-    head.load_state_dict({name: tensor.float() for name, tensor in parts["head"].items()})
-    backbone = model_from(Qwen2VLModel, config, parts["backbone"], what, dtype=dtype)
-    return PreferenceModel(backbone, head.eval(), tokens - 1)
-
-
-def _released(name: str) -> str:
-    """What the file calls a tensor of backbone or head."""
-    new, old = next(pair for pair in _NAMES if name.startswith(pair[0]))
-    return old + name.removeprefix(new)
-
-
-def round_angles(backbone: Qwen2VLModel) -> None:
-    """Compute the angles of positions as the release was taught and is used, in place, whatever the weights' type.
-
-    The authors cast the whole model to bfloat16, in transformers 4.45 also what the angles are made of: the
-    frequencies, and in the vision tower angles, cosines and sines too. After some hundred tokens the angles are off by
-    a large part of a turn, but by the same one as in training.
-    """
-    language: Any = backbone.language_model.rotary_emb
-    language.inv_freq = language.inv_freq.bfloat16().to(language.inv_freq.dtype)
-    vision: Any = backbone.visual
-    vision.rotary_pos_emb = _RoundedAngles(vision.rotary_pos_emb)
-
-
-class _RoundedAngles(nn.Module):
-    """What gives the vision tower its angles, computed in bfloat16."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner: Any = inner
-
-    def forward(self, x: Any, position_ids: Tensor | None = None) -> Any:
-        """As the inner module, which since some version of transformers 5 is given places in place of their number."""
-        frequencies = self.inner.inv_freq.bfloat16()
-        if position_ids is None:
-            return torch.outer(torch.arange(x, device=frequencies.device, dtype=frequencies.dtype), frequencies)
-        angles = position_ids[..., None].bfloat16() * frequencies
-        return tuple(self.inner.recomposition_frequencies(part) for part in (angles.cos(), angles.sin()))
-
-
-def _blank_head(width: int) -> nn.Sequential:
-    """As released; the dropout, which keeps its place among the names, plays no part when scoring."""
-    return nn.Sequential(
-        nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
-    )
 
 
 def read_instruction(path: str) -> str:

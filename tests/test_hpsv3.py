@@ -30,7 +30,8 @@ from rewardgen.errors import CheckpointError, ConfigError
 from rewardgen.measure import OperationCounter
 from rewardgen.reward import check_reward, score
 from rewardgen.rewards import hpsv3
-from rewardgen.rewards.hpsv3 import Hpsv3Reward, PreferenceModel, load_hpsv3, read_instruction
+from rewardgen.rewards.hpsv3 import Hpsv3Reward, read_instruction
+from rewardgen.rewards.hpsv3_model import PreferenceModel, load_hpsv3, round_angles
 from rewardgen.rewards.judging.preprocess import Preprocess
 from rewardgen.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from rewardgen.types import Example
@@ -145,7 +146,7 @@ def test_angles_are_as_rounded_as_in_the_authors_model(file: Path, backbone: Pat
     """Over 600 tokens; a model with exact angles gives another number."""
     golden, exact = GOLDEN["rounded"], load_hpsv3(str(file), config(backbone), torch.float32)
     rounded = load_hpsv3(str(file), config(backbone), torch.float32)
-    hpsv3.round_angles(rounded.backbone)
+    round_angles(rounded.backbone)
     patches_NP = torch.from_numpy(np.random.RandomState(0).standard_normal((768, 96)).astype(np.float32))
     patches_NP.requires_grad_()
     words = np.random.RandomState(1).randint(3, 57, size=golden["words"]).tolist()
