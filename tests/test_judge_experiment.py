@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rewardgen import build
+from rewardgen.adaptive import OfBase
 from rewardgen.checkpoint import latest_checkpoint, load_checkpoint
 from rewardgen.config import load_experiment
 
@@ -54,7 +55,10 @@ def test_two_steps_with_judge_style_and_floor(tmp_path: Path) -> None:
 
     means, metrics = second["reward_means"], second["metrics"]
     assert metrics["multiplier/content"] == first["metrics"]["multiplier/content"] == INITIAL
-    assert metrics["bound/content"] == pytest.approx(first["reward_means"]["content"])
+    floor = rewards["content"].floor
+    assert isinstance(floor, OfBase)
+    assert floor.base_percent is not None
+    assert metrics["bound/content"] == pytest.approx((1 + floor.base_percent / 100) * first["reward_means"]["content"])
     assert metrics["slack/content"] == pytest.approx(means["content"] - metrics["bound/content"])
     for name in ("judge", "style"):
         assert second["terms"][name] == pytest.approx(-rewards[name].weight * means[name], rel=1e-4)
