@@ -19,7 +19,7 @@ from rewardgen.reward import Reward
 from rewardgen.rewards.hpsv3_model import PreferenceModel, blank_head, load_hpsv3, round_angles
 from rewardgen.rewards.judging.preprocess import Preprocess
 from rewardgen.rewards.judging.recompute import go_on_recomputing, recompute_layers
-from rewardgen.rewards.loading import load_pretrained
+from rewardgen.rewards.loading import is_safetensors, load_pretrained
 from rewardgen.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from rewardgen.rewards.sizes import LetterTokenizer, config_of
 from rewardgen.transfer import to_device
@@ -105,6 +105,9 @@ class Hpsv3Reward(Reward):
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
         asked = read_instruction(instruction)
+        is_safetensors(
+            "HPSv3 checkpoint", Path(checkpoint).expanduser()
+        )  # a missing file is told before a host is asked
         config = load_pretrained(AutoConfig, backbone)
         tokenizer = load_pretrained(AutoTokenizer, backbone)
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)

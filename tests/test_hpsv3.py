@@ -315,6 +315,11 @@ def test_a_tokenizer_that_does_not_fit_the_weights(backbone: Path, instruction: 
         )
 
 
+def test_a_missing_file_is_told_before_the_hub_is_asked(instruction: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"HPSv3 checkpoint nowhere\.safetensors does not exist"):
+        Hpsv3Reward.from_pretrained("nowhere.safetensors", instruction=str(instruction), backbone="no/where")
+
+
 def test_the_instruction_is_read_from_the_authors_file_without_running_it(tmp_path: Path) -> None:
     path = tmp_path / "data_collator_qwen.py"
     texts = [f'INSTRUCTION = """\nHow good? {{text_prompt}}\n"""\nother: int = {1}\nraise SystemExit("run")\n']
